@@ -1,0 +1,25 @@
+"""Every named experiment, as functions that return frozen configs."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+from aad1.errors import UserError
+from aad1.presets import sprites
+from aad1.train.config import Experiment
+
+
+@lru_cache(maxsize=1)
+def presets() -> dict[str, Experiment]:
+    """All presets by name: <world>-<stage>[-<ablation>]."""
+    return sprites.experiments()
+
+
+def preset(name: str) -> Experiment:
+    """One preset; UserError suggests the nearest name."""
+    if name in presets():
+        return presets()[name]
+    near = difflib.get_close_matches(name, presets(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"no preset {name!r}{hint} `aad1 train --list` shows all")

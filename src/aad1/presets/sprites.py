@@ -1,0 +1,147 @@
+"""Experiments on the drawn world.
+
+`sprites-*` is the model that comes with the package (64x64, trained on a 2-core CPU in minutes);
+`sprites-tiny-*` the smallest chain that still shows the method (the end-to-end test);
+`sprites-gpu-*` the size on which the paper's claims are tested on one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from aad1.models.discriminator import DiscriminatorConfig
+from aad1.models.dit import WanConfig
+from aad1.stages.adversarial import AdversarialConfig
+from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.ode_init import OdeInitConfig
+from aad1.stages.pretrain import PretrainConfig
+from aad1.train.config import (
+    Experiment,
+    MonitorConfig,
+    OptimConfig,
+    SpritesData,
+    TrajectoryConfig,
+)
+from aad1.worlds.sprites import SpritesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """One size of the drawn-world chain: everything that differs between the three."""
+
+    prefix: str
+    data: SpritesData
+    model: WanConfig
+    taps: tuple[int, ...]
+    trajectories: TrajectoryConfig
+    teacher: OptimConfig
+    ode: OptimConfig
+    dmd: OptimConfig
+    aad: OptimConfig
+    adversarial: AdversarialConfig
+    monitor: MonitorConfig
+    compile: bool = False
+
+
+def _model(width: int, layers: int, patch: int) -> WanConfig:
+    return WanConfig(
+        patch_size=(1, patch, patch),
+        num_attention_heads=max(1, width // 64),
+        attention_head_dim=64,
+        text_dim=64,
+        freq_dim=128,
+        ffn_dim=4 * width,
+        num_layers=layers,
+        rope_theta=100.0,
+        prediction="x0",
+    )
+
+
+TINY = Scale(
+    prefix="sprites-tiny",
+    data=SpritesData(world=SpritesConfig(size=32, frames=9), stride=4),
+    model=_model(128, 4, 2),
+    taps=(1, 3),
+    trajectories=TrajectoryConfig(clips=256, steps=12, guidance_scale=1.0),
+    teacher=OptimConfig(updates=900, batch=16, lr=1e-3, warmup=50, ema=0.99, schedule="cosine"),
+    ode=OptimConfig(updates=150, batch=16, lr=3e-4, ema=0.97, schedule="cosine"),
+    dmd=OptimConfig(updates=40, batch=16, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9),
+    aad=OptimConfig(
+        updates=40, batch=16, lr=3e-5, critic_lr=1e-4, heads_lr=2e-4, betas=(0.0, 0.99),
+        warmup=20, ema=0.95,
+    ),
+    adversarial=AdversarialConfig(critic_warmup=20, penalty_weight=1000.0),
+    monitor=MonitorConfig(every=20, clips=32),
+)  # fmt: skip
+
+SMALL = replace(
+    TINY,
+    prefix="sprites",
+    data=SpritesData(world=SpritesConfig(size=64, frames=21), stride=8),
+    model=_model(128, 4, 1),
+)
+
+GPU = replace(
+    TINY,
+    prefix="sprites-gpu",
+    data=SpritesData(world=SpritesConfig(size=64, frames=21), stride=8),
+    model=_model(256, 8, 1),
+    taps=(3, 5, 7),
+    trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5),
+    teacher=OptimConfig(updates=12000, batch=64, lr=1.2e-3, warmup=500, schedule="cosine"),
+    ode=OptimConfig(updates=400, batch=32, lr=3e-4, schedule="cosine", ema=0.97),
+    dmd=OptimConfig(updates=30, batch=32, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9),
+    aad=OptimConfig(
+        updates=200, batch=64, lr=2e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+        warmup=30, ema=0.95,
+    ),
+    compile=True,
+)  # fmt: skip
+
+
+def chain(scale: Scale) -> dict[str, Experiment]:
+    """teacher, ode, dmd, aad and the paper's ablations at one size."""
+    p, out = scale.prefix, Path("out")
+    teacher = Experiment(
+        name=f"{p}-teacher", stage=PretrainConfig(), data=scale.data, model=scale.model,
+        optim=scale.teacher, trajectories=scale.trajectories, monitor=scale.monitor,
+        discriminator=DiscriminatorConfig(taps=scale.taps), compile=scale.compile,
+    )  # fmt: skip
+    student = replace(teacher, teacher=out / f"{p}-teacher" / "final")
+    ode = replace(student, name=f"{p}-ode", stage=OdeInitConfig(), optim=scale.ode)
+    dmd = replace(
+        student, name=f"{p}-dmd", optim=scale.dmd, init=out / f"{p}-ode" / "final",
+        stage=DmdConfig(guidance_scale=scale.trajectories.guidance_scale, shift=3.0),
+        monitor=replace(scale.monitor, early_stop=True),
+    )  # fmt: skip
+    aad = replace(
+        student, name=f"{p}-aad", stage=scale.adversarial, optim=scale.aad,
+        init=out / f"{p}-dmd" / "final",
+    )  # fmt: skip
+    runs = {r.name: r for r in (teacher, ode, dmd, aad)}
+    for name, change in {
+        "causal_frame": DiscriminatorConfig(taps=scale.taps, causal=True, per_frame=True),
+        "causal_video": DiscriminatorConfig(taps=scale.taps, causal=True),
+        "bidirectional_frame": DiscriminatorConfig(taps=scale.taps, per_frame=True),
+    }.items():
+        run = replace(aad, name=f"{p}-aad-{name}", discriminator=change)
+        runs[run.name] = run
+    run = replace(aad, name=f"{p}-aad-no_warmup", init=out / f"{p}-ode" / "final")
+    runs[run.name] = run
+    for weight in (0, 5, 20, 50, 200):
+        stage = replace(scale.adversarial, penalty_weight=float(weight))
+        run = replace(aad, name=f"{p}-aad-penalty_{weight}", stage=stage)
+        runs[run.name] = run
+    two = (1.0, 0.8333333333333334)
+    for run in (ode, dmd, aad):
+        steps = replace(run, name=f"{run.name}-two_steps", sigmas=two)
+        if run.init:
+            steps = replace(steps, init=Path(f"{run.init.parent}-two_steps") / "final")
+        runs[steps.name] = steps
+    return runs
+
+
+def experiments() -> dict[str, Experiment]:
+    """All presets of the drawn world by name."""
+    return chain(TINY) | chain(SMALL) | chain(GPU)

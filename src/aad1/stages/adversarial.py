@@ -1,0 +1,161 @@
+"""Stage III: asymmetric adversarial refinement.
+
+    L_D = -E log D(x_tau) - E log(1 - D(x^_tau)) + lambda (R1 + R2),    L_G = -E log D(x^_tau)
+    R1 = E || D(x_tau) - D(x_tau + delta) ||^2,  R2 the same on x^_tau,  delta ~ N(0, s^2 I)
+
+The generator is causal; the discriminator sees whole noised clips in both directions, is told
+tau, and gives one logit per video. A generated clip is rolled out from its real partner's first
+frame and prompts; both are noised at the same tau, in the discriminator's step with the same eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aad1.core.flow import add_noise
+from aad1.errors import UserError
+from aad1.models.discriminator import Discriminator
+from aad1.rollout.stream import Rollout, replay
+from aad1.stages.base import (
+    Batch,
+    Conditioner,
+    Loss,
+    RolloutFn,
+    SelfRollout,
+    randn,
+    roll_out,
+    uniform,
+)
+from aad1.stages.losses import (
+    approximate_penalty,
+    discriminator_loss,
+    generator_adversarial_loss,
+    relativistic_loss,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """Adversarial refinement."""
+
+    critic_updates: int = 1
+    """Discriminator updates per generator update."""
+    critic_warmup: int = 0
+    """Discriminator updates before the generator's first."""
+    penalty_weight: float = 20.0
+    """lambda, the weight of R1 + R2."""
+    penalty_sigma: float = 0.05
+    """Standard deviation s of the perturbation delta."""
+    loss: str = "logistic"
+    """"logistic" (paper) or "relativistic" (pairs)."""
+    min_sigma: float = 0.0
+    max_sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("logistic", "relativistic"):
+            raise UserError(f'loss must be "logistic" or "relativistic", got {self.loss!r}')
+        if self.penalty_weight < 0 or self.penalty_sigma <= 0:
+            raise UserError(
+                "penalty_weight must be >= 0 and penalty_sigma > 0, got "
+                f"{self.penalty_weight}, {self.penalty_sigma}"
+            )
+        if not 0 <= self.min_sigma < self.max_sigma <= 1:
+            raise UserError(
+                f"need 0 <= min_sigma < max_sigma <= 1, got {self.min_sigma}, {self.max_sigma}"
+            )
+        if self.critic_updates < 1:
+            raise UserError(f"critic_updates must be at least 1, got {self.critic_updates}")
+
+
+class Adversarial:
+    """Causal generator against a discriminator of whole clips."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        discriminator: Discriminator,
+        conditioner: Conditioner,
+        config: AdversarialConfig,
+        run: RolloutFn = roll_out,
+    ) -> None:
+        self.rollout, self.discriminator = rollout, discriminator
+        self.conditioner, self.config = conditioner, config
+        self.critic_updates = config.critic_updates
+        self.self_rollout = SelfRollout(rollout, run)
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        return {
+            "generator": list(self.rollout.model.parameters()),
+            "critic": list(self.discriminator.backbone.parameters()),
+            "critic_heads": self.discriminator.head_parameters(),
+        }
+
+    def interval(self, step: int) -> tuple[float, float]:
+        """The discriminator's noise levels for a generator that exits at `step`.
+
+        The output of one step is judged on [next lower level, its own level]; a single step
+        gives [0, 1] (the paper's two-step variant; algorithm.md, section 9).
+        """
+        sigmas = (*self.rollout.sigmas, 0.0)
+        low = max(sigmas[step + 1], self.config.min_sigma)
+        return low, max(low, min(sigmas[step], self.config.max_sigma))
+
+    def _tau(
+        self, n: int, step: int, like: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        low, high = self.interval(step)
+        return low + (high - low) * uniform(n, like, rng)
+
+    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+        """Two-phase step: dL_G/dx through the frozen discriminator, then the replay carries it."""
+        first = self.rollout.geometry.first
+        text = self.conditioner(batch.captions, batch.latents.shape[2])
+        recorded, step = self.self_rollout(batch.latents, text, rng)
+        x = recorded.x0.detach().requires_grad_()
+        tau = self._tau(len(x), step, x, rng)
+        noise = randn(x.shape, x, rng)
+        # The discriminator is differentiable to its input here, its weights are not asked for.
+        fake = self.discriminator(add_noise(x, noise, tau), tau, text)
+        if self.config.loss == "relativistic":
+            with torch.no_grad():
+                real = self.discriminator(add_noise(batch.latents, noise, tau), tau, text)
+            loss = relativistic_loss(fake, real)
+        else:
+            loss = generator_adversarial_loss(fake)
+        (dx,) = torch.autograd.grad(loss, x)
+        out = replay(self.rollout, recorded, text)
+        surrogate = (out * dx[:, :, first:]).sum()
+        # Worth the loss, with the gradient of the surrogate: logs show what is minimised.
+        total = loss.detach() + surrogate - surrogate.detach()
+        return total, {"loss": loss.detach(), "fake_logit": fake.detach().mean()}
+
+    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+        real_x = batch.latents
+        text = self.conditioner(batch.captions, real_x.shape[2])
+        recorded, step = self.self_rollout(real_x, text, rng)
+        tau = self._tau(len(real_x), step, real_x, rng)
+        noise = randn(real_x.shape, real_x, rng)
+        both = torch.cat([real_x, recorded.x0])
+        x_tau = add_noise(both, torch.cat([noise, noise]), torch.cat([tau, tau]))
+        sigma, context = torch.cat([tau, tau]), torch.cat([text, text])
+        real, fake = self.discriminator(x_tau, sigma, context).chunk(2)
+        penalty = torch.zeros((), device=real.device)
+        if self.config.penalty_weight:
+            delta = self.config.penalty_sigma * randn(x_tau.shape, x_tau, rng)
+            near_real, near_fake = self.discriminator(x_tau + delta, sigma, context).chunk(2)
+            penalty = approximate_penalty(real, near_real) + approximate_penalty(fake, near_fake)
+        if self.config.loss == "relativistic":
+            loss = relativistic_loss(real, fake)
+        else:
+            loss = discriminator_loss(real, fake)
+        logs = {
+            "critic": loss.detach(),
+            "penalty": penalty.detach(),
+            "gap": (real.mean() - fake.mean()).detach(),
+            "real_logit": real.detach().mean(),
+            "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2,
+        }
+        return loss + self.config.penalty_weight * penalty, logs

@@ -1,0 +1,139 @@
+"""What the stages share: a batch, prompts turned into text, and the networks' roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from aad1.core.chunks import ChunkGeometry
+from aad1.rollout.stream import Noise, Recorded, Rollout, record
+
+Logs = dict[str, torch.Tensor]
+Loss = tuple[torch.Tensor, Logs]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training clips in latent space.
+
+    latents: [B, C, F, H, W]; captions: one per chunk of every clip. trajectory: stage I only,
+    the teacher's states at the student's noise levels and its end point,
+    [B, levels + 1, C, F, H, W].
+    """
+
+    latents: torch.Tensor
+    captions: list[list[str]]
+    trajectory: torch.Tensor | None = None
+
+
+class TextEncoder(Protocol):
+    """Prompts -> text rows [n, S, D]; rows past a prompt's end are zero."""
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor: ...
+
+
+class Conditioner:
+    """Per-chunk captions -> text per frame, each distinct prompt encoded once."""
+
+    def __init__(self, encoder: TextEncoder, geometry: ChunkGeometry) -> None:
+        self.encoder, self.geometry = encoder, geometry
+
+    def __call__(self, captions: list[list[str]], frames: int) -> torch.Tensor:
+        """[B, frames, S, D]; every frame of a chunk carries its chunk's prompt."""
+        unique = sorted({c for clip in captions for c in clip})
+        rows = self.encoder(unique)
+        number = {c: i for i, c in enumerate(unique)}
+        chunks = self.geometry.chunks(frames)
+        index = torch.tensor(
+            [
+                [
+                    number[clip[min(i, len(clip) - 1)]]
+                    for i in range(chunks)
+                    for _ in range(self.geometry.size(i))
+                ]
+                for clip in captions
+            ]
+        )
+        return rows[index.to(rows.device)]
+
+    def null(self, like: torch.Tensor) -> torch.Tensor:
+        """The empty prompt in the shape of `like`: zero rows, as padding is."""
+        return torch.zeros_like(like)
+
+
+class Stage(Protocol):
+    """One training objective: the loop knows nothing else about a stage."""
+
+    critic_updates: int
+    """Critic updates per generator update; 0 for stages without a critic."""
+
+    def trained(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role: "generator", and if there is a critic "critic", "critic_heads"."""
+        ...
+
+    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
+
+    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
+
+
+RolloutFn = Callable[
+    [Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded
+]
+"""(rollout, image, text, noise [steps, B, C, F - first, H, W], exit step) -> recorded clip."""
+
+
+def noise_from(tensor: torch.Tensor, geometry: ChunkGeometry) -> Noise:
+    """Noise drawn ahead for a whole clip, [steps, B, C, F - first, H, W], chunk by chunk."""
+
+    def draw(chunk: int, step: int) -> torch.Tensor:
+        start = geometry.start(chunk) - geometry.first
+        return tensor[step][:, :, start : start + geometry.size(chunk)]
+
+    return draw
+
+
+def roll_out(
+    rollout: Rollout,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    noise: torch.Tensor,
+    exit_step: int | None = None,
+) -> Recorded:
+    """`record` on noise drawn ahead; the default `RolloutFn`."""
+    frames = rollout.geometry.first + noise.shape[3]
+    return record(rollout, image, text, noise_from(noise, rollout.geometry), frames, exit_step)
+
+
+class SelfRollout:
+    """The generator on its own outputs from a batch's first frames (Self-Forcing)."""
+
+    def __init__(self, rollout: Rollout, run: RolloutFn = roll_out) -> None:
+        self.rollout, self.run = rollout, run
+
+    def __call__(
+        self, latents: torch.Tensor, text: torch.Tensor, rng: torch.Generator
+    ) -> tuple[Recorded, int]:
+        """A recorded rollout as long as `latents`, and its exit step."""
+        first, sigmas = self.rollout.geometry.first, self.rollout.sigmas
+        b, c, f, h, w = latents.shape
+        noise = randn((len(sigmas), b, c, f - first, h, w), latents, rng)
+        step = len(sigmas) - 1
+        if len(sigmas) > 1:
+            step = int(torch.randint(len(sigmas), (), generator=rng, device=rng.device))
+        return self.run(self.rollout, latents[:, :, :first], text, noise, step), step
+
+
+def randn(
+    shape: tuple[int, ...] | torch.Size, like: torch.Tensor, rng: torch.Generator
+) -> torch.Tensor:
+    """Standard normal noise of the dtype and on the device of `like`."""
+    return torch.randn(shape, generator=rng, device=like.device, dtype=like.dtype)
+
+
+def uniform(n: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """n numbers from U[0, 1), float32, on the device of `like`."""
+    return torch.rand(n, generator=rng, device=like.device)

@@ -1,0 +1,149 @@
+"""What a training run is told: the world, the stage, the optimisation and the checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aad1.core.chunks import ChunkGeometry
+from aad1.errors import UserError
+from aad1.models.discriminator import DiscriminatorConfig
+from aad1.models.dit import WanConfig
+from aad1.stages.adversarial import AdversarialConfig
+from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.ode_init import OdeInitConfig
+from aad1.stages.pretrain import PretrainConfig
+from aad1.worlds.sprites import SpritesConfig
+
+StageConfig = PretrainConfig | OdeInitConfig | DmdConfig | AdversarialConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpritesData:
+    """The drawn world, generated as training goes; no files."""
+
+    world: SpritesConfig = SpritesConfig()
+    stride: int = 8
+    """Spatial stride of the pixel codec."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentData:
+    """Clips encoded beforehand (`aad1 data encode`), read into memory once."""
+
+    name: str = "doom"
+    train: Path = Path("out/data/doom-latents")
+    heldout: Path = Path("out/data/doom-heldout-latents")
+    codec: Path = Path("out/doom-codec")
+    fps: float = 16.0
+
+
+DataConfig = SpritesData | LatentData
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """How stage I's teacher trajectories are sampled."""
+
+    clips: int = 1024
+    steps: int = 24
+    """Euler steps; a multiple of 4 puts the two-step level on the grid."""
+    shift: float = 5.0
+    guidance_scale: float = 1.5
+    batch: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation of one run; an update is one generator update."""
+
+    updates: int = 1000
+    batch: int = 32
+    """Clips per micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per update."""
+    lr: float = 1e-4
+    critic_lr: float = 1e-4
+    heads_lr: float = 2e-4
+    """Learning rate of the discriminator's heads and query tokens."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    critic_betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    """Updates over which the generator's learning rate rises from 0."""
+    schedule: str = "constant"
+    """"constant" or "cosine" (to a tenth of lr at the last update)."""
+    clip: float = 1.0
+    """Largest gradient norm of the generator; larger ones are scaled down, once per update."""
+    critic_clip: float = 10.0
+    ema: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"optim.{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0 or self.critic_lr <= 0 or self.heads_lr <= 0:
+            raise UserError(
+                "optim learning rates must be above 0, got "
+                f"{self.lr}, {self.critic_lr}, {self.heads_lr}"
+            )
+        if not 0 <= self.ema < 1:
+            raise UserError(f"optim.ema must be in [0, 1), got {self.ema}")
+        if self.schedule not in ("constant", "cosine"):
+            raise UserError(f'optim.schedule must be "constant" or "cosine", got {self.schedule!r}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """The collapse monitor: fixed validation rollouts against real clips."""
+
+    every: int = 10
+    """Updates between checks; 0 switches the monitor off."""
+    clips: int = 32
+    early_stop: bool = False
+    """Stop when M stays below `fall` of its best for `patience` checks in a row (stage II)."""
+    fall: float = 0.8
+    patience: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run, whole; `config.yaml` in its folder is the record of it."""
+
+    name: str
+    stage: StageConfig
+    data: DataConfig = field(default_factory=SpritesData)
+    model: WanConfig = field(default_factory=WanConfig)
+    """Architecture of a teacher that is trained from scratch; later stages inherit it."""
+    text_length: int = 16
+    geometry: ChunkGeometry = ChunkGeometry()
+    sigmas: tuple[float, ...] = (1.0,)
+    """Noise levels of the student, one pass each."""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig(taps=(3, 5, 7))
+    trajectories: TrajectoryConfig = TrajectoryConfig()
+    optim: OptimConfig = OptimConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    teacher: Path | None = None
+    """Folder of the trained teacher (stages I to III)."""
+    init: Path | None = None
+    """Folder of the model that the student starts from (default: the teacher)."""
+    out: Path = Path("out")
+    """Runs are written to out/<name>."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: str = "auto"
+    """auto (bf16 on CUDA, else fp32), fp32 or bf16: what autocast computes in."""
+    compile: bool = False
+    """Compile the transformer blocks (pays on long CUDA runs)."""
+    log_every: int = 10
+    sample_every: int = 0
+    """Updates between sample sheets; 0: at the end only."""
+    checkpoint_every: int = 500
+    max_minutes: float = 0.0
+    """Stop (with a checkpoint) after so many minutes; 0: never."""
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return self.out / self.name

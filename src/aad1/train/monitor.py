@@ -1,0 +1,79 @@
+"""The collapse monitor: motion of fixed validation rollouts against real motion.
+
+A generator that copies its first frame has perfect frames and no motion; losses do not see it.
+So stages II and III roll out the same held-out first frames every few updates and compare the
+optical flow with that of the real continuations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from aad1.evaluate.motion import motion
+from aad1.pipeline import Pipeline
+from aad1.train.config import MonitorConfig
+from aad1.train.sources import World
+
+
+@dataclass
+class CollapseMonitor:
+    """Decides from the history of M whether the generator's motion has collapsed.
+
+    M above 1 counts as 1: more motion than real is no better. A *fall* is a check below
+    `config.fall` of the best so far; `config.patience` falls in a row mean collapse.
+    """
+
+    config: MonitorConfig
+    best: float = 0.0
+    falls: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    def check(self, update: int, m: float) -> bool:
+        """Record M at an update; True if this check is not a fall (weights worth keeping)."""
+        self.history.append((update, m))
+        capped = min(m, 1.0)
+        if capped < self.config.fall * self.best:
+            self.falls += 1
+            return False
+        self.falls = 0
+        self.best = max(self.best, capped)
+        return True
+
+    @property
+    def collapsed(self) -> bool:
+        return self.falls >= self.config.patience
+
+
+class Validation:
+    """Fixed held-out clips, and what a pipeline makes of their first frames."""
+
+    def __init__(self, world: World, clips: int) -> None:
+        self.codec = world.codec
+        self.video, self.batch = world.heldout(clips)
+        self.real = motion(self.video)
+
+    @torch.no_grad()
+    def rollouts(self, pipeline: Pipeline) -> torch.Tensor:
+        """uint8 [N, T, H, W, 3], as long as the real clips."""
+        geometry = pipeline.info.geometry
+        latents = self.batch.latents
+        chunks = geometry.chunks(latents.shape[2]) - 1
+        made = []
+        for index in torch.arange(len(latents)).split(32):
+            numbers = index.tolist()
+            captions = [self.batch.captions[i] for i in numbers]
+            first = latents[numbers][:, :, : geometry.first]
+            made.append(
+                self.codec.decode(pipeline.generate_latents(first, captions, numbers, chunks))
+            )
+        return torch.cat(made)
+
+    def measure(self, video: torch.Tensor) -> dict[str, float]:
+        """M and late M of generated clips."""
+        made = motion(video)
+        return {
+            "M": float(made.magnitude.mean() / self.real.magnitude.mean()),
+            "late_M": float(made.late.mean() / self.real.late.mean()),
+        }

@@ -1,0 +1,290 @@
+"""One training run from a config: build the stage, train, watch, save."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aad1.atomic import replace_file
+from aad1.errors import UserError
+from aad1.models.discriminator import Discriminator
+from aad1.models.dit import Block, WanTransformer
+from aad1.models.text import WordEncoder, WordEncoderConfig
+from aad1.pipeline import ModelInfo, Pipeline, weights_hash
+from aad1.rollout.graph import GraphedRollout
+from aad1.rollout.stream import Rollout
+from aad1.rollout.teacher import sample
+from aad1.stages.adversarial import Adversarial, AdversarialConfig
+from aad1.stages.base import Conditioner, RolloutFn, Stage, roll_out
+from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
+from aad1.stages.ode_init import OdeInit, OdeInitConfig
+from aad1.stages.pretrain import Pretrain, PretrainConfig
+from aad1.train import checkpoint
+from aad1.train.config import Experiment
+from aad1.train.log import RunLog
+from aad1.train.loop import Trainer
+from aad1.train.record import write_record
+from aad1.train.monitor import CollapseMonitor, Validation
+from aad1.train.sources import ShardSource, Source, World, open_world
+from aad1.train.trajectories import trajectories
+
+STAGE_NAMES = {
+    PretrainConfig: "teacher",
+    OdeInitConfig: "ode",
+    DmdConfig: "dmd",
+    AdversarialConfig: "aad",
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps -> device; UserError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device must be auto, cpu, cuda or mps, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but no CUDA device is available")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but it is not available")
+    return torch.device(name)
+
+
+class Run:
+    """A training run: `Run(experiment).train()` returns the folder of the final model."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = e = experiment
+        self.device = pick_device(e.device)
+        if e.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision must be auto, fp32 or bf16, got {e.precision!r}")
+        self.bf16 = e.precision == "bf16" or (e.precision == "auto" and self.device.type == "cuda")
+        self.folder = e.folder
+        self.stage_name = STAGE_NAMES[type(e.stage)]
+        torch.manual_seed(e.seed)
+        self.world: World = open_world(e.data, e.seed, self.device)
+        self.teacher: Pipeline | None = None
+        self.parent: ModelInfo | None = None
+        if self.stage_name == "teacher":
+            self._fresh()
+        else:
+            self._from_parent()
+        self.conditioner = Conditioner(self.text, e.geometry)
+
+    # -- building -------------------------------------------------------------------------
+
+    def _fresh(self) -> None:
+        e = self.experiment
+        channels = self.world.codec.latent_channels
+        config = replace(e.model, in_channels=channels, out_channels=channels)
+        self.generator = WanTransformer(config)
+        self.generator.init_weights()
+        self.text = WordEncoder(
+            WordEncoderConfig(words=self.world.words, length=e.text_length, dim=config.text_dim)
+        )
+        self.generator.to(self.device)
+        self.text.to(self.device)
+
+    def _from_parent(self) -> None:
+        e = self.experiment
+        if e.teacher is None:
+            raise UserError(f"{e.name} needs --teacher, the folder of a trained teacher")
+        self.teacher = Pipeline.from_pretrained(e.teacher, device=self.device)
+        if self.teacher.info.stage != "teacher":
+            raise UserError(
+                f"{e.teacher} holds stage {self.teacher.info.stage!r}, a teacher is needed"
+            )
+        start = Pipeline.from_pretrained(e.init or e.teacher, device=self.device)
+        self.parent = start.info
+        self.generator, self.text = start.transformer, self.teacher.text
+        self.teacher.transformer.requires_grad_(False)
+
+    def _stage(self, log: RunLog) -> tuple[Stage, Source, dict[str, nn.Module]]:
+        e, config = self.experiment, self.experiment.stage
+        modules: dict[str, nn.Module] = {"generator": self.generator}
+        source = self.world.train()
+        if isinstance(config, PretrainConfig):
+            modules["text"] = self.text
+            stage = Pretrain(self.generator, self.conditioner, self.text, config)
+            return stage, source, modules
+        assert self.teacher is not None
+        if isinstance(config, OdeInitConfig):
+            states, captions = trajectories(
+                self.teacher, self.conditioner, source, e.sigmas, e.trajectories,
+                self.folder.parent / "trajectories", log, bf16=self.bf16,
+            )  # fmt: skip
+            source = ShardSource(states, captions, e.seed, self.device, trajectory=True)
+            ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
+            return ode, source, modules
+        rollout = Rollout(self.generator, e.geometry, e.sigmas)
+        run: RolloutFn = roll_out
+        if self.device.type == "cuda":
+            run = GraphedRollout(roll_out)
+        teacher = self.teacher.transformer
+        if isinstance(config, DmdConfig):
+            fake = copy.deepcopy(teacher).requires_grad_(True)
+            modules["fake_score"] = fake
+            return DmdWarmup(rollout, teacher, fake, self.conditioner, config, run), source, modules
+        backbone = copy.deepcopy(self.generator if e.discriminator.causal else teacher)
+        critic = Discriminator(backbone.requires_grad_(True), e.discriminator, e.geometry)
+        modules["discriminator"] = critic.to(self.device)
+        return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
+
+    # -- training -------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Train to the end (continuing an interrupted run) and write the final model."""
+        e = self.experiment
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_record(e, self.folder / "config.yaml")
+        if e.compile:
+            torch._dynamo.config.recompile_limit = 64
+            Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
+        with RunLog(self.folder, e.name, e.optim.updates) as log:
+            return self._train(log)
+
+    def _train(self, log: RunLog) -> Path:
+        e = self.experiment
+        stage, source, modules = self._stage(log)
+        averaged = tuple(n for n in ("generator", "text") if n in modules)
+        trainer = Trainer(
+            stage, source, modules, averaged, e.optim, seed=e.seed, device=self.device,
+            bf16=self.bf16,
+            critic_warmup=getattr(e.stage, "critic_warmup", 0),
+        )  # fmt: skip
+        self._resume(trainer, log)
+        watched = self.stage_name in ("dmd", "aad") and e.monitor.every > 0
+        monitor = CollapseMonitor(e.monitor)
+        validation = Validation(self.world, e.monitor.clips)
+        kept: dict[str, Any] | None = None
+        began = time.monotonic()
+        reason = "the last update"
+        sums: dict[str, torch.Tensor] = {}
+        count = 0
+        while trainer.update < e.optim.updates:
+            logs = trainer.step()
+            update, count = trainer.update, count + 1
+            for name, value in logs.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            log.advance(update)
+            if update % e.log_every == 0 or update == e.optim.updates:
+                log.values(update, {k: float(v) / count for k, v in sums.items()})
+                sums, count = {}, 0
+            if watched and (update % e.monitor.every == 0 or update == 1):
+                pipeline = self.pipeline(trainer)
+                values = validation.measure(self._rollouts(validation, pipeline))
+                if monitor.check(update, values["M"]):
+                    if e.monitor.early_stop:
+                        kept = copy.deepcopy(trainer.ema["generator"].state_dict())
+                elif monitor.collapsed:
+                    log.say(f"motion collapse: M {values['M']:.2f}, best {monitor.best:.2f}")
+                log.values(update, values, "monitor")
+                if e.monitor.early_stop and monitor.collapsed and kept is not None:
+                    trainer.ema["generator"].load_state_dict(kept)
+                    reason = f"motion collapse at update {update}"
+                    break
+            if e.sample_every and update % e.sample_every == 0:
+                self._sheet(validation, trainer, update)
+            if update % e.checkpoint_every == 0 and update < e.optim.updates:
+                self._checkpoint(trainer)
+            if e.max_minutes and time.monotonic() - began > 60 * e.max_minutes:
+                self._checkpoint(trainer)
+                reason = f"max_minutes at update {update}"
+                break
+        self._sheet(validation, trainer, trainer.update)
+        final = self.folder / "final"
+        self.pipeline(trainer).save_pretrained(final)
+        log.say(f"{e.name} ended at {reason}; model in {final}")
+        return final
+
+    def _resume(self, trainer: Trainer, log: RunLog) -> None:
+        found = checkpoint.steps(self.folder)
+        if not found:
+            return
+        state, meta = checkpoint.load(found[-1])
+        parent = self.parent.sha256 if self.parent else ""
+        if meta.get("stage") != self.stage_name or meta.get("parent") != parent:
+            raise UserError(
+                f"{found[-1]} is of stage {meta.get('stage')!r} with another parent; "
+                f"remove {self.folder} or choose another --name"
+            )
+        trainer.restore(state)
+        log.say(f"continuing from {found[-1]}")
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        meta = {
+            "stage": self.stage_name,
+            "parent": self.parent.sha256 if self.parent else "",
+            "hash": weights_hash(trainer.modules["generator"]),
+        }
+        checkpoint.save(self.folder, trainer.update, trainer.state(), meta)
+
+    # -- what comes out -------------------------------------------------------------------
+
+    def pipeline(self, trainer: Trainer) -> Pipeline:
+        """The averaged generator with its codec and prompt encoder."""
+        e = self.experiment
+        model = trainer.ema["generator"]
+        assert isinstance(model, WanTransformer)
+        text = trainer.ema.get("text", self.text)
+        assert isinstance(text, WordEncoder)
+        height, width = self._size()
+        info = ModelInfo(
+            world=self.world.name, width=width, height=height, fps=self.world.fps,
+            stage=self.stage_name, updates=trainer.update, sha256=weights_hash(model),
+            parent=_facts(self.parent), geometry=e.geometry, sigmas=e.sigmas,
+            frames=self.world.frames,
+        )  # fmt: skip
+        return Pipeline(model, self.world.codec, text, info)
+
+    def _size(self) -> tuple[int, int]:
+        source = self.world.train().batch(0, 1).latents
+        stride = self.world.codec.spatial_stride
+        return source.shape[-2] * stride, source.shape[-1] * stride
+
+    def _rollouts(self, validation: Validation, pipeline: Pipeline) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.stage_name != "teacher":
+                return validation.rollouts(pipeline)
+            latents = validation.batch.latents
+            rng = torch.Generator(device=self.device).manual_seed(0)
+            noise = torch.randn(latents.shape, generator=rng, device=self.device)
+            text = Conditioner(pipeline.text, self.experiment.geometry)(
+                validation.batch.captions, latents.shape[2]
+            )
+            t = self.experiment.trajectories
+            x0, _ = sample(
+                pipeline.transformer, noise, text, torch.zeros_like(text),
+                steps=t.steps, shift=t.shift, guidance_scale=t.guidance_scale,
+            )  # fmt: skip
+            return self.world.codec.decode(x0)
+
+    def _sheet(self, validation: Validation, trainer: Trainer, update: int) -> None:
+        """Real clips above generated ones, for the eye, and their motion in the log."""
+        from aad1.media import contact_sheet
+
+        made = self._rollouts(validation, self.pipeline(trainer))
+        rows: list[Any] = []
+        captions: list[str] = []
+        for i in range(min(6, len(made))):
+            prompt = validation.batch.captions[i][-1]
+            rows += [validation.video[i].cpu().numpy(), made[i].cpu().numpy()]
+            captions += [f"real: {prompt}", f"{self.stage_name}, update {update}"]
+        path = self.folder / "samples" / f"update-{update:06d}.png"
+        with replace_file(path) as temporary:
+            contact_sheet(rows, captions).save(temporary)
+
+
+def _facts(info: ModelInfo | None) -> dict[str, Any] | None:
+    """The lineage of a model as plain data."""
+    if info is None:
+        return None
+    parent = dict(info.parent) if info.parent else None
+    return {"stage": info.stage, "updates": info.updates, "sha256": info.sha256, "parent": parent}
