@@ -45,6 +45,15 @@ def score(x_t: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) -> torch.Ten
     return ((1 - s) * x0 - x_t) / s**2
 
 
+def capped_weight(sigma: torch.Tensor, most: float) -> torch.Tensor:
+    """min(1, most sigma^2): a velocity error with it is an x0 error weighted min(1/sigma^2, most).
+
+    A velocity loss asks for x0 to within sigma; a network narrower than its patches cannot give
+    that at low noise and would spend itself there. most = infinity is plain flow matching.
+    """
+    return (most * sigma**2).clamp_max(1.0)
+
+
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance, uncond + scale (cond - uncond): scale 1 is no guidance."""
     return uncond + scale * (cond - uncond)

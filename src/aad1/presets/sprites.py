@@ -104,7 +104,7 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     """teacher, ode, dmd, aad and the paper's ablations at one size."""
     p, out = scale.prefix, Path("out")
     teacher = Experiment(
-        name=f"{p}-teacher", stage=PretrainConfig(), data=scale.data, model=scale.model,
+        name=f"{p}-teacher", stage=PretrainConfig(max_weight=10.0), data=scale.data, model=scale.model,
         optim=scale.teacher, trajectories=scale.trajectories, monitor=scale.monitor,
         discriminator=DiscriminatorConfig(taps=scale.taps), compile=scale.compile,
     )  # fmt: skip
@@ -112,7 +112,8 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     ode = replace(student, name=f"{p}-ode", stage=OdeInitConfig(), optim=scale.ode)
     dmd = replace(
         student, name=f"{p}-dmd", optim=scale.dmd, init=out / f"{p}-ode" / "final",
-        stage=DmdConfig(guidance_scale=scale.trajectories.guidance_scale, shift=3.0),
+        stage=DmdConfig(guidance_scale=scale.trajectories.guidance_scale, shift=3.0,
+                        max_weight=10.0),
         monitor=replace(scale.monitor, early_stop=True),
     )  # fmt: skip
     aad = replace(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aad1.core.flow import add_noise, guide, shift, velocity, x0_from_velocity
+from aad1.core.flow import add_noise, capped_weight, guide, shift, velocity, x0_from_velocity
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 from aad1.rollout.stream import Rollout, replay
@@ -35,6 +35,8 @@ class DmdConfig:
     """Timestep shift of tau."""
     min_sigma: float = 0.02
     max_sigma: float = 0.98
+    max_weight: float = float("inf")
+    """Largest weight of the fake score's x0 error, as in pre-training."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_sigma < self.max_sigma <= 1:
@@ -108,5 +110,6 @@ class DmdWarmup:
         tau = self.tau(len(x), x, rng)
         noise = randn(x.shape, x, rng)
         v = self.fake_score(add_noise(x, noise, tau), tau, text)
-        loss = ((v - velocity(x, noise)) ** 2).mean()
+        error = ((v - velocity(x, noise)) ** 2).flatten(1).mean(1)
+        loss = (error * capped_weight(tau, self.config.max_weight)).mean()
         return loss, {"fake": loss.detach()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aad1.core.flow import add_noise, shift, velocity
+from aad1.core.flow import add_noise, capped_weight, shift, velocity
 from aad1.models.dit import WanTransformer
 from aad1.stages.base import Batch, Conditioner, Logs, Loss, randn, uniform
 
@@ -26,8 +26,10 @@ class PretrainConfig:
     """Timestep shift k of the training noise levels."""
     prompt_dropout: float = 0.1
     """Share of clips trained without their prompt."""
-    frame_noise: float = 0.0
+    image_share: float = 0.0
     """Share of clips that keep the first frame clean (sigma 0) as an image condition."""
+    max_weight: float = float("inf")
+    """Largest weight of the x0 error; infinity is plain flow matching (weight 1 / sigma^2)."""
 
 
 class Pretrain:
@@ -55,12 +57,13 @@ class Pretrain:
         keep = uniform(b, x0, rng) >= self.config.prompt_dropout
         text = text * keep.view(-1, 1, 1, 1)
         sigma = shift(uniform(b, x0, rng), self.config.shift)[:, None].expand(b, frames).clone()
-        clean = uniform(b, x0, rng) < self.config.frame_noise
+        clean = uniform(b, x0, rng) < self.config.image_share
         sigma[:, 0] = torch.where(clean, torch.zeros_like(sigma[:, 0]), sigma[:, 0])
         noise = randn(x0.shape, x0, rng)
         v = self.teacher(add_noise(x0, noise, sigma), sigma, text)
         error = ((v - velocity(x0, noise)) ** 2).mean(dim=(1, 3, 4))
-        loss = error[sigma > 0].mean()
+        weight = capped_weight(sigma, self.config.max_weight) * (sigma > 0)
+        loss = (error * weight).sum() / (sigma > 0).sum()
         logs: Logs = {"loss": loss.detach()}
         return loss, logs
 

@@ -1,0 +1,99 @@
+"""Write files and folders so that a reader sees the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Hand out a temporary path beside `path`; on success it takes the name `path`.
+
+    The temporary name keeps the suffix of `path`, since writers choose a format by it. The parent
+    folder is made if it is missing. If the block raises, or writes nothing, `path` stays as it was
+    and the temporary file is removed.
+
+    Raises:
+        FileNotFoundError: the block ended without having written the temporary file.
+        IsADirectoryError: `path` is a folder.
+        OSError: the folder cannot be made or written to.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder, expected a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own the file gets the permissions of the umask; mkstemp would give 0600.
+    with _temporary_folder(target) as folder:
+        temporary = folder / f"new{target.suffix}"
+        yield temporary
+        _sync_file(temporary)
+        os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Hand out a temporary folder beside `path`; on success it takes the name `path`.
+
+    A folder that already has that name is moved aside first and deleted last: two renames, so a
+    crash between them leaves the old content under a name that begins with `.{name}.`, not lost.
+    If the block raises, `path` stays as it was and the temporary folder is removed.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+        OSError: the parent cannot be made or written to.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file, expected a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_folder(target) as folder:
+        new, old = folder / "new", folder / "old"
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        if target.exists():
+            os.replace(target, old)
+            try:
+                os.replace(new, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+        else:
+            os.replace(new, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename durable, where the system lets one open a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

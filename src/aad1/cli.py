@@ -1,0 +1,244 @@
+"""The command line: parse, call, and turn user errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from aad1.errors import UserError
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Turn one image and a prompt into a video, chunk by chunk, one pass each.
+
+    Example: aad1 generate --model doom --image frame.png --prompt "turn left" --out out.mp4
+    """
+
+    image: Path
+    """Picture to continue (png, jpg, ...); resized and centre-cropped to the model's size."""
+    prompt: str = ""
+    """What should happen; the model's words are listed if it knows some of yours not."""
+    model: str = "doom"
+    """Packaged name, folder, or hub id."""
+    out: Path = Path("out.mp4")
+    """.mp4, .gif, or .png (a contact sheet)."""
+    chunks: int = 5
+    """Chunks to make; one is 16 frames (1 second) with a Wan-strided codec, 4 on sprites."""
+    seed: int = 0
+    """Same seed, same video; the first n chunks do not depend on how many follow."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    scale: int = 0
+    """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a preset: `aad1 train sprites-dmd --optim.lr 1e-5`, or a run's own config.yaml.
+
+    `aad1 train --list` shows all presets; `aad1 train PRESET --help` its fields.
+    """
+
+    name: Positional[str] = ""
+    """Preset name, or the path of a config.yaml."""
+    list: bool = False
+    """Show all presets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Write a world's clips as shards with a preview sheet.
+
+    Example: aad1 data doom --out out/data/doom --clips 1000 --workers 2
+    """
+
+    world: Positional[str]
+    """sprites, doom, or a folder of mp4 files with captions."""
+    out: Path = Path("out/data")
+    """Folder to write to."""
+    clips: int = 64
+    split: str = "train"
+    """train or heldout (doom: other maps)."""
+    seed: int = 0
+    workers: int = 2
+    size: int = 64
+    """sprites: side of a frame in pixels."""
+    width: int = 128
+    """folder: frame width."""
+    height: int = 96
+    """folder: frame height."""
+    frames: int = 81
+    """Frames per clip (sprites: 21 unless given)."""
+    fps: float = 16.0
+    """folder: frames a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Encode video shards to latents with a codec, for training."""
+
+    data: Positional[Path]
+    """Folder of video shards (`aad1 data`)."""
+    codec: Path = Path("out/doom-codec")
+    out: Path = Path("out/data/doom-latents")
+    device: str = "auto"
+    batch: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Copy a trained model into one small folder (float16 weights), for sharing or packaging."""
+
+    run: Positional[Path]
+    """A run's final/ folder."""
+    out: Path
+    half: bool = True
+    """Store weights in float16."""
+
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+)
+
+
+def generate(args: Generate) -> None:
+    """Stream to the output file at constant memory and print the speed."""
+    import torch
+
+    from aad1.media import check_video_path, write_video
+    from aad1.pipeline import Pipeline
+    from aad1.train.run import pick_device
+
+    if args.chunks < 1:
+        raise UserError(f"--chunks must be at least 1, got {args.chunks}")
+    if args.scale < 0:
+        raise UserError(f"--scale must be at least 0, got {args.scale}")
+    check_video_path(args.out)
+    pipe = Pipeline.from_pretrained(args.model, device=pick_device(args.device))
+    stream = pipe.stream(args.image, args.prompt, seed=args.seed)
+    stream.chunks = args.chunks
+    frames = 0
+    began = time.perf_counter()
+    busy = 0.0
+
+    def parts() -> Any:
+        nonlocal frames, busy
+        while True:
+            start = time.perf_counter()
+            part = next(stream, None)
+            busy += time.perf_counter() - start
+            if part is None:
+                return
+            frames += len(part)
+            yield part
+
+    with torch.inference_mode():
+        write_video(args.out, parts(), pipe.info.fps, scale=args.scale or None)
+    total = time.perf_counter() - began
+    model = busy - stream.decode_seconds
+    print(
+        f"{args.out}: {frames} frames, {args.chunks} chunks in {total:.1f} s; "
+        f"{args.chunks / busy:.2f} chunks/s, {frames / busy:.1f} frames/s with decode, "
+        f"{frames / model:.1f} without"
+    )
+
+
+def train(args: Train, rest: Sequence[str]) -> None:
+    """Run a preset with overrides, or replay a config.yaml."""
+    from aad1.presets import preset, presets
+    from aad1.train.record import read_record
+    from aad1.train.run import Run
+
+    if args.list or not args.name:
+        for name, e in presets().items():
+            print(f"{name:40} {type(e.stage).__name__}, {e.optim.updates} updates")
+        return
+    is_file = args.name.endswith((".yaml", ".yml"))
+    default = read_record(Path(args.name)) if is_file else preset(args.name)
+    chosen = tyro.cli(
+        type(default),
+        default=default,
+        args=list(rest),
+        prog=f"aad1 train {args.name}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    Run(chosen).train()
+
+
+def data(args: Data) -> None:
+    """Draw, record or cut clips; write shards and preview.png."""
+    from aad1.worlds.write import write_world
+
+    write_world(
+        args.world, args.out, clips=args.clips, split=args.split, seed=args.seed,
+        workers=args.workers, size=args.size, width=args.width, height=args.height,
+        frames=args.frames, fps=args.fps,
+    )  # fmt: skip
+
+
+def encode(args: Encode) -> None:
+    from aad1.train.encode import encode_shards
+    from aad1.train.run import pick_device
+
+    encode_shards(args.data, args.codec, args.out, pick_device(args.device), args.batch)
+
+
+def export(args: Export) -> None:
+    import torch
+
+    from aad1.atomic import replace_folder
+    from aad1.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(args.run)
+    with replace_folder(args.out) as temporary:
+        pipe.save_pretrained(temporary, torch.float16 if args.half else torch.float32)
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
+    print(f"{args.out}: {size / 2**20:.1f} MiB")
+
+
+RUN: dict[type, Callable[[Any], None]] = {
+    Generate: generate,
+    Data: data,
+    Encode: encode,
+    Export: export,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (0, or 2 for a user's mistake)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    rest: list[str] = []
+    if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
+        args, rest = args[:2], args[2:]  # a preset has flags of its own
+    try:
+        command: Any = tyro.cli(Command, args=args, prog="aad1", description=__doc__)  # type: ignore[arg-type, call-overload]
+        if isinstance(command, Train):
+            train(command, rest)
+        else:
+            RUN[type(command)](command)
+    except UserError as error:
+        print(f"aad1: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aad1: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Experiments on the game world: the model that comes with the package.
+
+Latents of 81 frames at 128x96: 21 latent frames of 16 x 12 x 16, 48 tokens a frame. The whole
+chain is `runs/doom.sh`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from aad1.models.discriminator import DiscriminatorConfig
+from aad1.models.dit import WanConfig
+from aad1.stages.adversarial import AdversarialConfig
+from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.ode_init import OdeInitConfig
+from aad1.stages.pretrain import PretrainConfig
+from aad1.train.config import (
+    Experiment,
+    LatentData,
+    MonitorConfig,
+    OptimConfig,
+    TrajectoryConfig,
+)
+
+MODEL = WanConfig(
+    num_attention_heads=3,
+    attention_head_dim=64,
+    text_dim=64,
+    freq_dim=128,
+    ffn_dim=768,
+    num_layers=10,
+    rope_theta=100.0,
+    prediction="x0",
+)
+
+
+def experiments() -> dict[str, Experiment]:
+    """teacher, ode, dmd and aad on doom, and the headline ablations."""
+    out = Path("out")
+    taps = DiscriminatorConfig(taps=(4, 6, 9))
+    teacher = Experiment(
+        name="doom-teacher",
+        stage=PretrainConfig(shift=3.0, max_weight=10.0),
+        data=LatentData(),
+        model=MODEL,
+        text_length=8,
+        discriminator=taps,
+        trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, batch=64),
+        optim=OptimConfig(
+            updates=16000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
+        ),
+        monitor=MonitorConfig(every=10, clips=64),
+        sample_every=4000,
+        checkpoint_every=4000,
+        log_every=100,
+        compile=True,
+    )
+    student = replace(
+        teacher, teacher=out / "doom-teacher" / "final", log_every=10, sample_every=0,
+        checkpoint_every=100,
+    )  # fmt: skip
+    ode = replace(
+        student, name="doom-ode", stage=OdeInitConfig(), log_every=50,
+        optim=OptimConfig(updates=600, batch=64, lr=3e-4, schedule="cosine", ema=0.98),
+    )  # fmt: skip
+    dmd = replace(
+        student, name="doom-dmd", init=out / "doom-ode" / "final",
+        stage=DmdConfig(guidance_scale=2.0, shift=3.0, max_weight=10.0),
+        monitor=replace(student.monitor, early_stop=True),
+        optim=OptimConfig(
+            updates=60, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
+        ),
+    )  # fmt: skip
+    aad = replace(
+        student, name="doom-aad", init=out / "doom-dmd" / "final",
+        stage=AdversarialConfig(critic_warmup=30, penalty_weight=1000.0),
+        optim=OptimConfig(
+            updates=200, batch=64, lr=2e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+            warmup=30, ema=0.95,
+        ),
+    )  # fmt: skip
+    runs = [teacher, ode, dmd, aad]
+    for name, change in {
+        "causal_frame": replace(taps, causal=True, per_frame=True),
+        "causal_video": replace(taps, causal=True),
+        "bidirectional_frame": replace(taps, per_frame=True),
+    }.items():
+        runs.append(replace(aad, name=f"doom-aad-{name}", discriminator=change))
+    runs.append(replace(aad, name="doom-aad-no_warmup", init=out / "doom-ode" / "final"))
+    return {r.name: r for r in runs}

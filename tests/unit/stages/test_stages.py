@@ -1,0 +1,325 @@
+"""The stages on tiny networks: gradients, roles, and the planted bugs of the design notes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from aad1.core.chunks import ChunkGeometry
+from aad1.core.flow import add_noise
+from aad1.errors import UserError
+from aad1.models.discriminator import Discriminator, DiscriminatorConfig
+from aad1.models.dit import WanConfig, WanTransformer
+from aad1.rollout.stream import Rollout
+from aad1.rollout.teacher import sample
+from aad1.stages.adversarial import Adversarial, AdversarialConfig
+from aad1.stages.base import Batch, Conditioner, SelfRollout, noise_from, randn, uniform
+from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
+from aad1.stages.losses import generator_adversarial_loss
+from aad1.stages.ode_init import OdeInit, OdeInitConfig
+from aad1.stages.pretrain import Pretrain, PretrainConfig
+
+TINY = WanConfig(
+    num_attention_heads=2, attention_head_dim=16, ffn_dim=48, num_layers=2, text_dim=8,
+    freq_dim=32, in_channels=4, out_channels=4,
+)  # fmt: skip
+FRAMES = 9
+GEOMETRY = ChunkGeometry()
+
+
+class Words(torch.nn.Module):
+    """A stand-in prompt encoder: rows seeded by the prompt's length."""
+
+    def forward(self, prompts: list[str]) -> torch.Tensor:
+        return torch.stack([torch.full((2, 8), len(p) / 4.0) for p in prompts])
+
+
+def network(seed: int = 0) -> WanTransformer:
+    torch.manual_seed(seed)
+    net = WanTransformer(TINY).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+def batch(trajectory_levels: int = 0) -> Batch:
+    torch.manual_seed(5)
+    latents = torch.randn(3, 4, FRAMES, 2, 4)
+    captions = [["a", "a", "bb"], ["bb", "bb", "bb"], ["ccc", "ccc", "a"]]
+    states = None
+    if trajectory_levels:
+        states = torch.randn(3, trajectory_levels + 1, 4, FRAMES, 2, 4)
+    return Batch(latents, captions, states)
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def conditioner() -> Conditioner:
+    return Conditioner(Words(), GEOMETRY)
+
+
+def test_every_frame_gets_its_chunks_prompt() -> None:
+    text = conditioner()(batch().captions, FRAMES)
+    assert text.shape == (3, FRAMES, 2, 8)
+    assert (text[0, :, 0, 0] * 4).tolist() == [1.0] * 5 + [2.0] * 4
+    assert (text[2, :, 0, 0] * 4).tolist() == [3.0] * 5 + [1.0] * 4
+
+
+def test_pretraining_loss_is_zero_for_the_true_velocity() -> None:
+    class Oracle(torch.nn.Module):
+        def forward(self, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor
+                    ) -> torch.Tensor:  # fmt: skip
+            s = sigma[:, None, :, None, None]
+            return (x_t - data.latents) / s  # v = (x_t - x0) / sigma
+
+    data = batch()
+    stage = Pretrain(Oracle(), conditioner(), Words(), PretrainConfig())  # type: ignore[arg-type]
+    loss, _ = stage.generator_loss(data, rng())
+    assert float(loss) < 1e-6
+
+
+def test_ode_init_regresses_on_the_end_point_of_noisy_chunks_only() -> None:
+    """The end point itself as the student's answer gives 0; the image never counts."""
+
+    class Answer(torch.nn.Module):
+        def __init__(self, x0: torch.Tensor) -> None:
+            super().__init__()
+            self.x0 = x0
+
+        def forward(self, x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor,
+                    plan: object = None) -> torch.Tensor:  # fmt: skip
+            s = sigma[:, None, :, None, None]
+            return (x_t - self.x0) / s.clamp_min(1e-3)
+
+    data = batch(1)
+    assert data.trajectory is not None
+    end = data.trajectory[:, -1]
+    for x0, zero in ((end, True), (end + 1, False)):
+        stage = OdeInit(Answer(x0), conditioner(), GEOMETRY, (1.0,), OdeInitConfig())  # type: ignore[arg-type]
+        loss, _ = stage.generator_loss(data, rng())
+        assert (float(loss) < 1e-5) == zero
+        if not zero:
+            torch.testing.assert_close(float(loss), 1.0, atol=1e-3, rtol=0)
+    wrong_image = end.clone()
+    wrong_image[:, :, 0] += 5
+    stage = OdeInit(Answer(wrong_image), conditioner(), GEOMETRY, (1.0,), OdeInitConfig())  # type: ignore[arg-type]
+    assert float(stage.generator_loss(data, rng())[0]) < 1e-5
+
+
+@pytest.mark.parametrize("context", ["diffusion_forcing", "teacher_forcing"])
+def test_ode_init_learns(context: str) -> None:
+    net, data = network(), batch(2)
+    stage = OdeInit(net, conditioner(), GEOMETRY, (1.0, 0.8), OdeInitConfig(context=context))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    first = last = 0.0
+    for step in range(40):
+        loss, _ = stage.generator_loss(data, rng())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = (float(loss) if step == 0 else first), float(loss)
+    assert last < 0.8 * first
+
+
+def test_ode_init_wants_trajectories_of_its_own_levels() -> None:
+    stage = OdeInit(network(), conditioner(), GEOMETRY, (1.0,), OdeInitConfig())
+    with pytest.raises(UserError, match="1 level"):
+        stage.generator_loss(batch(2), rng())
+
+
+def dmd(sigmas: tuple[float, ...] = (1.0,)) -> DmdWarmup:
+    return DmdWarmup(
+        Rollout(network(1), GEOMETRY, sigmas), network(2), network(3), conditioner(), DmdConfig()
+    )
+
+
+def test_dmd_gradient_is_that_of_the_retained_graph() -> None:
+    """The two-phase step against back-propagation through every exit pass of the rollout."""
+    stage, data = dmd(), batch()
+    loss, _ = stage.generator_loss(data, rng())
+    loss.backward()
+    got = {n: p.grad for n, p in stage.rollout.model.named_parameters()}
+
+    other = dmd()
+    generator = rng()
+    text = conditioner()(data.captions, FRAMES)
+    image = data.latents[:, :, :1]
+    noise = noise_from(randn((1, 3, 4, FRAMES - 1, 2, 4), image, generator), GEOMETRY)
+    state = other.rollout.prefill(image, text[:, 0])
+    xs = [image]
+    for i in (1, 2):
+        context = text[:, GEOMETRY.start(i)]
+        layers = tuple((k.detach(), v.detach()) for k, v in state.cache.layers)
+        state = type(state)(state.chunk, state.start, type(state.cache)(state.cache.frames, layers))
+        x0 = other.rollout.generate(state, context, noise).x0
+        xs.append(x0)
+        state = other.rollout.commit(state, x0.detach(), context)
+    x = torch.cat(xs, 2)
+    g = other.direction(x.detach(), text, generator)
+    (x * g.detach() / x.numel()).sum().backward()
+    want = {n: p.grad for n, p in other.rollout.model.named_parameters()}
+    largest = max(float(g.abs().max()) for g in want.values() if g is not None)
+    for name, grad in want.items():
+        if grad is not None:
+            torch.testing.assert_close(got[name], grad, atol=1e-5 * largest, rtol=1e-3)
+
+
+def test_dmd_leaves_the_scores_alone_and_the_fake_step_the_generator() -> None:
+    stage, data = dmd(), batch()
+    stage.generator_loss(data, rng())[0].backward()
+    assert all(p.grad is None for p in stage.real_score.parameters())
+    assert all(p.grad is None for p in stage.fake_score.parameters())
+    generator = {n: p.grad.clone() for n, p in stage.rollout.model.named_parameters()
+                 if p.grad is not None}  # fmt: skip
+    stage.critic_loss(data, rng())[0].backward()
+    assert any(p.grad is not None and float(p.grad.abs().max()) > 0
+               for p in stage.fake_score.parameters())  # fmt: skip
+    for name, p in stage.rollout.model.named_parameters():
+        if name in generator:
+            torch.testing.assert_close(p.grad, generator[name], atol=0, rtol=0)
+
+
+def critic(per_frame: bool = False) -> Discriminator:
+    torch.manual_seed(9)
+    config = DiscriminatorConfig(taps=(0, 1), per_frame=per_frame)
+    return Discriminator(network(4), config, GEOMETRY)
+
+
+def adversarial(config: AdversarialConfig, sigmas: tuple[float, ...] = (1.0,)) -> Adversarial:
+    return Adversarial(Rollout(network(1), GEOMETRY, sigmas), critic(), conditioner(), config)
+
+
+def test_adversarial_gradient_equals_finite_differences_of_its_loss() -> None:
+    """d L_G / d theta along a random direction, clip by clip: the context is held fixed, as the
+    cache is detached, so the directional derivative is taken with recorded contexts."""
+    stage, data = adversarial(AdversarialConfig()), batch()
+    model = stage.rollout.model
+    loss, logs = stage.generator_loss(data, rng())
+    torch.testing.assert_close(loss.detach(), logs["loss"])
+    loss.backward()
+    torch.manual_seed(0)
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum(
+        float((p.grad * d).sum())
+        for p, d in zip(model.parameters(), direction, strict=True)
+        if p.grad is not None
+    )
+
+    from aad1.rollout.stream import replay
+
+    generator = rng()
+    text = conditioner()(data.captions, FRAMES)
+    recorded, _ = SelfRollout(stage.rollout)(data.latents, text, generator)
+    tau = uniform(3, data.latents, generator)
+    noise = randn(data.latents.shape, data.latents, generator)
+
+    @torch.no_grad()
+    def value(step: float) -> float:
+        for p, d in zip(model.parameters(), direction, strict=True):
+            p.add_(step * d)
+        x = torch.cat([recorded.x0[:, :, :1], replay(stage.rollout, recorded, text)], 2)
+        out = generator_adversarial_loss(stage.discriminator(add_noise(x, noise, tau), tau, text))
+        for p, d in zip(model.parameters(), direction, strict=True):
+            p.sub_(step * d)
+        return float(out)
+
+    h = 1e-4
+    numeric = (value(h) - value(-h)) / (2 * h)
+    assert abs(slope - numeric) < 0.05 * abs(numeric) + 1e-3
+
+
+def test_discriminator_step_moves_no_generator_weight_and_separates() -> None:
+    stage, data = adversarial(AdversarialConfig(penalty_weight=0.0)), batch()
+    optimizer = torch.optim.Adam(stage.discriminator.parameters(), lr=1e-3)
+    gaps = []
+    for _ in range(30):
+        loss, logs = stage.critic_loss(data, rng())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gaps.append(float(logs["gap"]))
+    assert gaps[-1] > gaps[0] + 0.5
+    assert all(p.grad is None for p in stage.rollout.model.parameters())
+
+
+def test_penalty_weight_scales_the_penalty() -> None:
+    data = batch()
+    values = {}
+    for weight in (0.0, 20.0, 40.0):
+        stage = adversarial(AdversarialConfig(penalty_weight=weight))
+        loss, logs = stage.critic_loss(data, rng())
+        values[weight] = float(loss) - float(logs["critic"])
+        torch.testing.assert_close(values[weight], weight * float(logs["penalty"]), rtol=1e-4, atol=1e-6)
+    assert values[40.0] > values[20.0] > values[0.0] == 0.0
+
+
+def test_noise_interval_belongs_to_the_exit_step() -> None:
+    one = adversarial(AdversarialConfig())
+    assert one.interval(0) == (0.0, 1.0)
+    two = adversarial(AdversarialConfig(), (1.0, 5 / 6))
+    assert two.interval(0) == (5 / 6, 1.0)
+    assert two.interval(1) == (0.0, 5 / 6)
+
+
+def test_two_step_stages_run_from_both_exits() -> None:
+    data = batch()
+    stage = adversarial(AdversarialConfig(), (1.0, 5 / 6))
+    seen = set()
+    for seed in range(12):
+        _, step = stage.self_rollout(
+            data.latents, conditioner()(data.captions, FRAMES), torch.Generator().manual_seed(seed)
+        )
+        seen.add(step)
+    assert seen == {0, 1}
+
+
+def test_relativistic_and_frame_wise_switches_run() -> None:
+    data = batch()
+    stage = Adversarial(
+        Rollout(network(1), GEOMETRY), critic(per_frame=True), conditioner(),
+        AdversarialConfig(loss="relativistic"),
+    )  # fmt: skip
+    for loss, _ in (stage.critic_loss(data, rng()), stage.generator_loss(data, rng())):
+        assert bool(torch.isfinite(loss))
+        loss.backward()
+
+
+def test_bad_configs_name_the_value() -> None:
+    with pytest.raises(UserError, match="hinge"):
+        AdversarialConfig(loss="hinge")
+    with pytest.raises(UserError, match="-1"):
+        AdversarialConfig(penalty_weight=-1)
+    with pytest.raises(UserError, match=r"1\.5"):
+        DmdConfig(max_sigma=1.5)
+    with pytest.raises(UserError, match="mixed"):
+        OdeInitConfig(context="mixed")
+
+
+def test_euler_sampling_of_a_straight_flow_is_exact() -> None:
+    """For data that is one point, v = (x - x0) / sigma leads every start to x0."""
+    x0 = torch.randn(1, 4, 3, 2, 2)
+
+    class Point(torch.nn.Module):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return (x - x0) / sigma.view(-1, 1, 1, 1, 1)
+
+    noise = torch.randn(2, 4, 3, 2, 2)
+    out, states = sample(Point(), noise, torch.zeros(2, 1, 1), None, steps=8, shift=5.0,  # type: ignore[arg-type]
+                         guidance_scale=1.0, keep=(1.0, 5 / 6))  # fmt: skip
+    torch.testing.assert_close(out, x0.expand_as(out), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states[:, 0], noise)
+    torch.testing.assert_close(states[:, 1], add_noise(x0.expand_as(noise), noise, torch.full((2,), 5 / 6)), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="grid"):
+        sample(Point(), noise, torch.zeros(2, 1, 1), None, steps=8, shift=5.0, guidance_scale=1.0,  # type: ignore[arg-type]
+               keep=(0.9,))  # fmt: skip
+
+
+def test_copying_roles_keeps_them_apart() -> None:
+    teacher = network()
+    fake = copy.deepcopy(teacher)
+    next(iter(fake.parameters())).data.add_(1.0)
+    assert not torch.equal(next(iter(fake.parameters())), next(iter(teacher.parameters())))
