@@ -2,6 +2,7 @@
 # The packaged doom model, from nothing: data, codec, teacher, stages I to III, export.
 # One GPU; needs the extra `doom` (ViZDoom). Every line continues where it was interrupted.
 set -euo pipefail
+# shellcheck disable=SC2086
 CLIPS=${CLIPS:-8000} WORKERS=${WORKERS:-16} CODEC_MINUTES=${CODEC_MINUTES:-4.5}
 aad1 data doom --split heldout --clips 256 --seed 1 --workers "$WORKERS" --out out/data/doom-heldout
 aad1 data doom --split train --clips "$CLIPS" --workers "$WORKERS" --out out/data/doom

@@ -45,13 +45,13 @@ class Generate:
 class Train:
     """Train a preset: `aad1 train sprites-dmd --optim.lr 1e-5`, or a run's own config.yaml.
 
-    `aad1 train --list` shows all presets; `aad1 train PRESET --help` its fields.
+    `aad1 train --show` shows all presets; `aad1 train PRESET --help` its fields.
     """
 
     name: Positional[str] = ""
     """Preset name, or the path of a config.yaml."""
-    list: bool = False
-    """Show all presets."""
+    show: bool = False
+    """List all presets and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def train(args: Train, rest: Sequence[str]) -> None:
     from aad1.train.record import read_record
     from aad1.train.run import Run
 
-    if args.list or not args.name:
+    if args.show or not args.name:
         for name, e in presets().items():
             print(f"{name:40} {type(e.stage).__name__}, {e.optim.updates} updates")
         return

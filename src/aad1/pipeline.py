@@ -97,7 +97,9 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name!r} is no folder and could not be fetched from the hub: {line}") from None
+        raise UserError(
+            f"{name!r} is no folder and could not be fetched from the hub: {line}"
+        ) from None
 
 
 class Pipeline:

@@ -186,7 +186,7 @@ class Encoder(nn.Module):
         x, _ = self.quarter(x, latents, [None] * len(self.quarter))
         x = self.down_quarter(x)
         x, _ = self.coarse(x, latents, [None] * len(self.coarse))
-        return linear + self.conv_out(nnf.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return linear + self.conv_out(nnf.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -278,7 +278,9 @@ class CausalCodec(nn.Module):
         are, which would drown the fine ones.
         """
         check_video(video, GROUP, STRIDE)
-        count, moment, total = 0, 0.0, 0.0
+        count = 0
+        total = torch.zeros(PATCH, dtype=torch.float64, device=self.latents_mean.device)
+        moment = torch.zeros_like(total.outer(total))
         for part in video.split(max(1, FRAMES_PER_PASS // video.shape[1])):
             frames = self._groups(to_pixels(part.to(self.latents_mean.device)))
             patches = fold_time(nnf.pixel_unshuffle(frames, STRIDE)).permute(0, 2, 3, 1)
@@ -286,8 +288,8 @@ class CausalCodec(nn.Module):
             count += len(values)
             total = total + values.sum(0)
             moment = moment + values.T @ values
-        mean = torch.as_tensor(total) / count
-        covariance = torch.as_tensor(moment) / count - mean.outer(mean)
+        mean = total / count
+        covariance = moment / count - mean.outer(mean)
         variance, vectors = torch.linalg.eigh(covariance.cpu())
         variance = variance[-self.latent_channels :].clamp_min(1e-8)
         vectors = vectors[:, -self.latent_channels :]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ class WanConfig:
     patch has nearly as many numbers as the network is wide). forward() returns a velocity."""
 
     def __post_init__(self) -> None:
-        if tuple(self.patch_size)[0] != 1 or len(self.patch_size) != 3:
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise UserError(f"patch_size must be (1, h, w), got {self.patch_size}")
         if self.attention_head_dim < 6 or self.attention_head_dim % 2:
             raise UserError(
@@ -152,15 +151,6 @@ def attend(q_BLND: torch.Tensor, k_BLND: torch.Tensor, v_BLND: torch.Tensor) -> 
     return out.transpose(1, 2)
 
 
-@lru_cache(maxsize=256)
-def _batches(plan: Plan) -> tuple[tuple[Group, ...], ...]:
-    """Groups of one plan that have the same sizes and positions, so can share one call."""
-    out: dict[tuple[object, ...], list[Group]] = {}
-    for g in plan:
-        out.setdefault((g.query_positions, g.key_positions), []).append(g)
-    return tuple(tuple(v) for v in out.values())
-
-
 def _frames(x: torch.Tensor, index: tuple[int, ...]) -> torch.Tensor:
     """Frames `index` of x [B, F, ...]; views where they are contiguous."""
     if index == tuple(range(x.shape[1])):
@@ -176,18 +166,30 @@ def _frames(x: torch.Tensor, index: tuple[int, ...]) -> torch.Tensor:
 
 
 Table = tuple[torch.Tensor, torch.Tensor]
-Tables = tuple[tuple[Table, Table], ...]
-"""RoPE cos/sin of the queries and of the keys, for each batch of groups of a plan."""
 
 
-def rope_tables(
-    plan: Plan, grid: tuple[int, int], config: WanConfig, device: torch.device
-) -> Tables:
-    """The tables a pass needs, built once per plan and kept (see `rope_table`)."""
+@dataclass(frozen=True)
+class Batched:
+    """Groups of a plan with the same sizes and positions (they share one attention call), and
+    the RoPE tables of their queries and keys."""
+
+    groups: tuple[Group, ...]
+    query_table: Table
+    key_table: Table
+
+
+Wiring = tuple[Batched, ...]
+
+
+def wire(plan: Plan, grid: tuple[int, int], config: WanConfig, device: torch.device) -> Wiring:
+    """A plan made ready for a pass: done once per pass, outside the blocks."""
     rest = (*grid, config.attention_head_dim, config.rope_theta, device)
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Group]] = {}
+    for g in plan:
+        alike.setdefault((g.query_positions, g.key_positions), []).append(g)
     return tuple(
-        (rope_table(g[0].query_positions, *rest), rope_table(g[0].key_positions, *rest))
-        for g in _batches(plan)
+        Batched(tuple(groups), rope_table(q, *rest), rope_table(k, *rest))
+        for (q, k), groups in alike.items()
     )
 
 
@@ -195,8 +197,7 @@ def planned_attention(
     q_BFLND: torch.Tensor,
     own: KV,
     past: KV | None,
-    plan: Plan,
-    tables: Tables,
+    wiring: Wiring,
 ) -> torch.Tensor:
     """Self-attention along a plan; RoPE is applied here, to queries and keys at read."""
     k_own, v_own = own
@@ -204,11 +205,12 @@ def planned_attention(
     v_all = v_own if past is None else torch.cat([past[1].to(v_own.dtype), v_own], 1)
     frames = q_BFLND.shape[1]
     pieces: list[tuple[tuple[int, ...], torch.Tensor]] = []
-    for groups, (q_table, k_table) in zip(_batches(plan), tables, strict=True):
+    for part in wiring:
+        groups = part.groups
         q = torch.cat([_frames(q_BFLND, g.queries) for g in groups])
         k = torch.cat([_frames(k_all, g.keys) for g in groups])
         v = torch.cat([_frames(v_all, g.keys) for g in groups])
-        q, k = rotate(q, q_table), rotate(k, k_table)
+        q, k = rotate(q, part.query_table), rotate(k, part.key_table)
         out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
         out = out.unflatten(1, (len(groups[0].queries), -1))
         pieces += zip([g.queries for g in groups], out.chunk(len(groups)), strict=True)
@@ -272,15 +274,14 @@ class Block(nn.Module):
         e0: torch.Tensor,
         text: torch.Tensor,
         past: KV | None,
-        plan: Plan,
-        tables: Tables,
+        wiring: Wiring,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (x, K, V); K and V are this pass's own, K not rotated."""
         x = x_BFLD
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e0)
         h = (_norm(x, self.eps) * (1 + scale1) + shift1).to(x.dtype)
         k, v = self.attn1.key_value(h)
-        a = planned_attention(self.attn1.query(h), (k, v), past, plan, tables)
+        a = planned_attention(self.attn1.query(h), (k, v), past, wiring)
         x = (x.float() + self.attn1.out(a) * gate1).to(x.dtype)
         x = x + self.cross(x, text)
         h = (_norm(x, self.eps) * (1 + scale2) + shift2).to(x.dtype)
@@ -343,9 +344,9 @@ class WanTransformer(nn.Module):
         """
         x, e, e0, context, grid = self._embed(latents, sigma, text)
         plan = plan or plans.bidirectional(latents.shape[2])
-        tables = rope_tables(plan, grid, self.config, x.device)
+        wiring = wire(plan, grid, self.config, x.device)
         for i, block in enumerate(self.blocks):
-            x, _, _ = block(x, e0, context, None if past is None else past[i], plan, tables)
+            x, _, _ = block(x, e0, context, None if past is None else past[i], wiring)
         out = self._head(x, e, grid).to(latents.dtype)
         if self.config.prediction == "x0":
             s = per_frame(sigma, latents).clamp_min(MIN_SIGMA)
@@ -364,10 +365,10 @@ class WanTransformer(nn.Module):
         """The cache pass: K and V of every layer, and nothing after those of the last one."""
         x, _, e0, context, grid = self._embed(latents, sigma, text)
         plan = plan or plans.bidirectional(latents.shape[2])
-        tables = rope_tables(plan, grid, self.config, x.device)
+        wiring = wire(plan, grid, self.config, x.device)
         out: list[KV] = []
         for i, block in enumerate(self.blocks[:-1]):
-            x, k, v = block(x, e0, context, None if past is None else past[i], plan, tables)
+            x, k, v = block(x, e0, context, None if past is None else past[i], wiring)
             out.append((k, v))
         last = self.blocks[-1]
         out.append(last.attn1.key_value(last.attention_input(x, e0)))
@@ -385,10 +386,10 @@ class WanTransformer(nn.Module):
         """Outputs of the blocks `layers` (0-based, ascending), each [B, F, L, D]."""
         x, _, e0, context, grid = self._embed(latents, sigma, text)
         plan = plan or plans.bidirectional(latents.shape[2])
-        tables = rope_tables(plan, grid, self.config, x.device)
+        wiring = wire(plan, grid, self.config, x.device)
         out = []
         for i, block in enumerate(self.blocks[: max(layers) + 1]):
-            x, _, _ = block(x, e0, context, None, plan, tables)
+            x, _, _ = block(x, e0, context, None, wiring)
             if i in layers:
                 out.append(x)
         return out

@@ -85,9 +85,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
             problems.append(f"{len(keys)} {title} ({some}{', ...' if len(keys) > 3 else ''})")
     for key in sorted(own.keys() & tensors.keys()):
         if own[key].shape != tensors[key].shape:
-            problems.append(
-                f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}"
-            )
+            problems.append(f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}")
             break
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")

@@ -22,4 +22,4 @@ def preset(name: str) -> Experiment:
         return presets()[name]
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"no preset {name!r}{hint} `aad1 train --list` shows all")
+    raise UserError(f"no preset {name!r}{hint}; `aad1 train --show` shows all")

@@ -57,7 +57,7 @@ def experiments() -> dict[str, Experiment]:
         compile=True,
     )
     student = replace(
-        teacher, teacher=out / "doom-teacher" / "final", log_every=10, sample_every=0,
+        teacher, teacher=out / "doom-teacher" / "final", log_every=10, sample_every=0, compile=False,
         checkpoint_every=100,
     )  # fmt: skip
     ode = replace(

@@ -23,8 +23,7 @@ class RolloutCall(Protocol):
         text: torch.Tensor,
         noise: torch.Tensor,
         exit_step: int | None = None,
-    ) -> Recorded:
-        ...
+    ) -> Recorded: ...
 
 
 class GraphedRollout:

@@ -94,9 +94,7 @@ class Rollout:
         """K and V of a clean chunk at sigma 0, for every layer."""
         level = torch.zeros(len(x0), device=x0.device)
         plan = self._plan(state, x0.shape[2])
-        return self.model.keys_values(
-            x0, level, text, plan=plan, past=state.cache.layers or None
-        )
+        return self.model.keys_values(x0, level, text, plan=plan, past=state.cache.layers or None)
 
     def commit(self, state: State, x0: torch.Tensor, text: torch.Tensor) -> State:
         """The state after a clean chunk: its K/V in the cache, what fell out of sight dropped."""
@@ -224,7 +222,5 @@ def replay(rollout: Rollout, recorded: Recorded, text: torch.Tensor) -> torch.Te
     frames = recorded.x0.shape[2]
     plan = parallel_chunks(geometry, recorded.past[0][0].shape[1], frames, 1)
     level = torch.full((len(recorded.x_t),), recorded.sigma, device=recorded.x_t.device)
-    v = rollout.model(
-        recorded.x_t, level, text[:, geometry.first :], plan=plan, past=recorded.past
-    )
+    v = rollout.model(recorded.x_t, level, text[:, geometry.first :], plan=plan, past=recorded.past)
     return x0_from_velocity(recorded.x_t, v, level)

@@ -103,9 +103,7 @@ class Adversarial:
         low = max(sigmas[step + 1], self.config.min_sigma)
         return low, max(low, min(sigmas[step], self.config.max_sigma))
 
-    def _tau(
-        self, n: int, step: int, like: torch.Tensor, rng: torch.Generator
-    ) -> torch.Tensor:
+    def _tau(self, n: int, step: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         low, high = self.interval(step)
         return low + (high - low) * uniform(n, like, rng)
 

@@ -80,9 +80,7 @@ class Stage(Protocol):
     def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
 
 
-RolloutFn = Callable[
-    [Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded
-]
+RolloutFn = Callable[[Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded]
 """(rollout, image, text, noise [steps, B, C, F - first, H, W], exit step) -> recorded clip."""
 
 

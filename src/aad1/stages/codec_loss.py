@@ -3,13 +3,14 @@
 With x the video, z = E(x) its latents, s the noise level and n white noise,
 
     L = l1 |x' - x| + l2 (x' - x)^2 + laplacian sum_l |P_l x' - P_l x|
-        + texture |log e(x') - log e(x)| + temporal |D x' - D x| + moments KL(z),
+        + texture |log e(x') - log e(x)| + temporal |D x' - D x| + moments KL(z) + tails T(z),
     x' = G(z + s std(z) n),    s ~ U[0, noise] per clip and latent frame,
 
 where P_l is level l of a Laplacian pyramid, e the local energy of the Laplacian (it does not know
 where exactly an edge lies, so it rewards texture where |x' - x| would rather blur), D the
-difference of neighbouring frames, and KL(z) the divergence of N(mean, variance) of each latent
-channel from N(0, 1). The noise makes the decoder forgive the small errors of a generator; it is
+difference of neighbouring frames, KL(z) the divergence of N(mean, variance) of each latent channel
+from N(0, 1), and T(z) the mean excess of |z| over 4 standard deviations (a diffusion model learns
+rare large values badly). The noise makes the decoder forgive the small errors of a generator; it is
 relative to the spread of the latents, so the encoder cannot escape it by scaling them up.
 
 A patch critic may be added for the last part of the training (hinge loss).
@@ -17,6 +18,7 @@ A patch critic may be added for the last part of the training (hinge loss).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,12 +63,12 @@ class CodecLossConfig:
     texture: float = 0.03
     temporal: float = 0.5
     moments: float = 1e-3
+    tails: float = 0.1
     noise: float = 0.15
     pyramid_levels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "laplacian", "texture", "temporal", "moments", "noise"):
-            value = getattr(self, name)
+        for name, value in dataclasses.asdict(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} {value} must be finite and >= 0")
         if self.pyramid_levels < 1:
@@ -88,6 +90,7 @@ def codec_loss(
         "laplacian": _pyramid_error(error, config.pyramid_levels),
         "texture": (_log_energy(x) - _log_energy(y)).abs().mean(),
         "moments": _moment_divergence(latents.float()),
+        "tails": _excess(latents.float()),
     }
     if pixels.shape[2] > 1:
         terms["temporal"] = error.diff(dim=2).abs().mean()
@@ -130,6 +133,14 @@ def _moment_divergence(latents: Tensor) -> Tensor:
     values = latents.transpose(0, 1).flatten(1)
     mean, variance = values.mean(1), values.var(1, correction=0) + 1e-6
     return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+
+
+def _excess(latents: Tensor) -> Tensor:
+    """Mean of max(|z - mean| / std - 4, 0), with each channel's own mean and std held fixed."""
+    values = latents.transpose(0, 1).flatten(1)
+    still = values.detach()
+    mean, std = still.mean(1, keepdim=True), still.std(1, correction=0, keepdim=True) + 1e-6
+    return nnf.relu(((values - mean) / std).abs() - 4).mean()
 
 
 class PatchDiscriminator(nn.Module):
@@ -207,10 +218,10 @@ class CodecStage:
 
     def _add_noise(self, latents: Tensor) -> Tensor:
         spread = latents.detach().std(dim=(0, 2, 3, 4), correction=0, keepdim=True)
-        options = {"device": latents.device, "dtype": latents.dtype}
         shape = (latents.shape[0], 1, latents.shape[2], 1, 1)
-        level = self.config.noise * torch.rand(shape, generator=self.generator, **options)
-        noise = torch.randn(latents.shape, generator=self.generator, **options)
+        device = latents.device
+        level = torch.rand(shape, generator=self.generator, device=device) * self.config.noise
+        noise = torch.randn(latents.shape, generator=self.generator, device=device)
         return latents + level * spread * noise
 
     def _critic(self) -> nn.Module:

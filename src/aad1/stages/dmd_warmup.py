@@ -76,9 +76,7 @@ class DmdWarmup:
         return u.clamp(self.config.min_sigma, self.config.max_sigma)
 
     @torch.no_grad()
-    def direction(
-        self, x: torch.Tensor, text: torch.Tensor, rng: torch.Generator
-    ) -> torch.Tensor:
+    def direction(self, x: torch.Tensor, text: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         """The normalised DMD gradient at a clip x [B, C, F, H, W] (Eq. of stage II)."""
         tau = self.tau(len(x), x, rng)
         x_tau = add_noise(x, randn(x.shape, x, rng), tau)

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def dmd_direction(
-    x: torch.Tensor, real_x0: torch.Tensor, fake_x0: torch.Tensor
-) -> torch.Tensor:
+def dmd_direction(x: torch.Tensor, real_x0: torch.Tensor, fake_x0: torch.Tensor) -> torch.Tensor:
     """g = (fake_x0 - real_x0) / mean |x - real_x0|: the normalised DMD gradient at x.
 
     Both scores' denoised clips [B, ...] at the same noised x; the mean is per sample. Since

@@ -63,9 +63,7 @@ class Trainer:
             groups = [{"params": self.parameters["critic"], "lr": c.critic_lr}]
             if "critic_heads" in self.parameters:
                 groups.append({"params": self.parameters["critic_heads"], "lr": c.heads_lr})
-            out["critic"] = torch.optim.AdamW(
-                groups, lr=c.critic_lr, betas=c.critic_betas, **rest
-            )
+            out["critic"] = torch.optim.AdamW(groups, lr=c.critic_lr, betas=c.critic_betas, **rest)
         return out
 
     def rate(self) -> float:

@@ -29,8 +29,8 @@ from aad1.train import checkpoint
 from aad1.train.config import Experiment
 from aad1.train.log import RunLog
 from aad1.train.loop import Trainer
-from aad1.train.record import write_record
 from aad1.train.monitor import CollapseMonitor, Validation
+from aad1.train.record import write_record
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
 

@@ -127,9 +127,7 @@ class LatentWorld(World):
         self.words = tuple(sorted({w for c in captions for w in c.lower().split()}))
 
     def train(self) -> Source:
-        return ShardSource(
-            self._train.read_tensors(), self._train.captions, self.seed, self.device
-        )
+        return ShardSource(self._train.read_tensors(), self._train.captions, self.seed, self.device)
 
     def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:
         if count > len(self._heldout):

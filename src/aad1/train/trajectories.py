@@ -59,9 +59,7 @@ def trajectories(
                 )
             states = torch.cat([states, x0[:, None]], 1).half().cpu()
             with replace_file(path) as temporary:
-                save_file(
-                    {"states": states}, temporary, {"captions": json.dumps(batch.captions)}
-                )
+                save_file({"states": states}, temporary, {"captions": json.dumps(batch.captions)})
         parts.append(load_file(path)["states"])
         log.say(f"trajectories {start + count}/{config.clips}")
     return torch.cat(parts), captions

@@ -69,9 +69,7 @@ def _progress(done: int, total: int) -> None:
     print(f"clips {done}/{total}", file=sys.stderr, flush=True)
 
 
-def _sprites(
-    out: Path, clips: int, seed: int, size: int, frames: int, split: str
-) -> ClipShards:
+def _sprites(out: Path, clips: int, seed: int, size: int, frames: int, split: str) -> ClipShards:
     from aad1.worlds.sprites import SpritesConfig, draw
 
     config = SpritesConfig(size=size, frames=frames)

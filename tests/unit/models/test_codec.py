@@ -328,6 +328,9 @@ def test_codec_loss_is_zero_for_a_perfect_codec_and_counts_each_term() -> None:
     _, wide = codec_loss(pixels, pixels, 3 * latents, CodecLossConfig())
     closed = 0.5 * (9 - 1 - math.log(9))
     assert float(wide["moments"]) == pytest.approx(closed, rel=0.05)
+    latents[0, 2, 0, 0, 0] = 1000.0  # one value of 32768: std 5.6, so 178 of them away
+    _, tail = codec_loss(pixels, pixels, latents, CodecLossConfig())
+    assert float(tail["tails"]) == pytest.approx((1000 / 5.6 - 4) / latents.numel(), rel=0.1)
     with pytest.raises(UserError, match="noise"):
         CodecLossConfig(noise=-1)
 
@@ -365,13 +368,13 @@ def test_critic_learns_to_tell_apart_and_pushes_the_codec() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     assert float(logs["logit_real"]) > float(logs["logit_fake"])
     assert all(parameter.grad is None for parameter in codec.parameters())
     plain, _ = stage.generator_loss(clip)
     loss, logs = stage.generator_loss(clip, torch.tensor(100.0))
-    assert float(loss) > float(plain) + 10
+    assert float(loss.detach()) > float(plain.detach()) + 10
     with pytest.raises(ValueError, match="critic"):
         CodecStage(codec).generator_loss(clip, torch.tensor(1.0))
 

@@ -52,9 +52,7 @@ def cached_velocities(model: WanTransformer, x: torch.Tensor, text: torch.Tensor
         plan = plans.cached(geometry, cache.frames, start, size)
         past = cache.layers or None
         out.append(model(part, level, text, plan=plan, past=past))
-        cache = cache.append(
-            model.keys_values(part, level, text, plan=plan, past=past), geometry
-        )
+        cache = cache.append(model.keys_values(part, level, text, plan=plan, past=past), geometry)
     return torch.cat(out, 2)
 
 
@@ -116,7 +114,9 @@ def test_absolute_positions_equal_one_masked_pass(
     )
 
 
-@pytest.mark.parametrize("wrong", [dict(window=8), dict(window=10), dict(sink=0), dict(relative=False)])
+@pytest.mark.parametrize(
+    "wrong", [dict(window=8), dict(window=10), dict(sink=0), dict(relative=False)]
+)
 @torch.no_grad()
 def test_a_wrong_window_sink_or_position_is_seen(
     model: WanTransformer, wrong: dict[str, int]

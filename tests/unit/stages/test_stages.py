@@ -253,7 +253,9 @@ def test_penalty_weight_scales_the_penalty() -> None:
         stage = adversarial(AdversarialConfig(penalty_weight=weight))
         loss, logs = stage.critic_loss(data, rng())
         values[weight] = float(loss) - float(logs["critic"])
-        torch.testing.assert_close(values[weight], weight * float(logs["penalty"]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            values[weight], weight * float(logs["penalty"]), rtol=1e-4, atol=1e-6
+        )
     assert values[40.0] > values[20.0] > values[0.0] == 0.0
 
 
@@ -312,7 +314,12 @@ def test_euler_sampling_of_a_straight_flow_is_exact() -> None:
                          guidance_scale=1.0, keep=(1.0, 5 / 6))  # fmt: skip
     torch.testing.assert_close(out, x0.expand_as(out), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(states[:, 0], noise)
-    torch.testing.assert_close(states[:, 1], add_noise(x0.expand_as(noise), noise, torch.full((2,), 5 / 6)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        states[:, 1],
+        add_noise(x0.expand_as(noise), noise, torch.full((2,), 5 / 6)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
     with pytest.raises(UserError, match="grid"):
         sample(Point(), noise, torch.zeros(2, 1, 1), None, steps=8, shift=5.0, guidance_scale=1.0,  # type: ignore[arg-type]
                keep=(0.9,))  # fmt: skip
