@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from aad1 import __version__
 from aad1.errors import UserError
-
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Train:
     `aad1 train --show` shows all presets; `aad1 train PRESET --help` its fields.
     """
 
-    name: Positional[str] = ""
+    name: tyro.conf.Positional[str] = ""
     """Preset name, or the path of a config.yaml."""
     show: bool = False
     """List all presets and stop."""
@@ -61,7 +61,7 @@ class Data:
     Example: aad1 data doom --out out/data/doom --clips 1000 --workers 2
     """
 
-    world: Positional[str]
+    world: tyro.conf.Positional[str]
     """sprites, doom, or a folder of mp4 files with captions."""
     out: Path = Path("out/data")
     """Folder to write to."""
@@ -76,8 +76,8 @@ class Data:
     """folder: frame width."""
     height: int = 96
     """folder: frame height."""
-    frames: int = 81
-    """Frames per clip (sprites: 21 unless given)."""
+    frames: int = 0
+    """Frames per clip; 0: 21 for sprites, 81 for the others."""
     fps: float = 16.0
     """folder: frames a second."""
 
@@ -86,7 +86,7 @@ class Data:
 class Encode:
     """Encode video shards to latents with a codec, for training."""
 
-    data: Positional[Path]
+    data: tyro.conf.Positional[Path]
     """Folder of video shards (`aad1 data`)."""
     codec: Path = Path("out/doom-codec")
     out: Path = Path("out/data/doom-latents")
@@ -98,7 +98,7 @@ class Encode:
 class Export:
     """Copy a trained model into one small folder (float16 weights), for sharing or packaging."""
 
-    run: Positional[Path]
+    run: tyro.conf.Positional[Path]
     """A run's final/ folder."""
     out: Path
     half: bool = True
@@ -159,6 +159,7 @@ def generate(args: Generate) -> None:
 def train(args: Train, rest: Sequence[str]) -> None:
     """Run a preset with overrides, or replay a config.yaml."""
     from aad1.presets import preset, presets
+    from aad1.train.loop import NonFinite
     from aad1.train.record import read_record
     from aad1.train.run import Run
 
@@ -175,7 +176,11 @@ def train(args: Train, rest: Sequence[str]) -> None:
         prog=f"aad1 train {args.name}",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    Run(chosen).train()
+    try:
+        Run(chosen).train()
+    except NonFinite as error:
+        print(f"aad1: {error}; the last checkpoint is kept", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def data(args: Data) -> None:
@@ -185,7 +190,7 @@ def data(args: Data) -> None:
     write_world(
         args.world, args.out, clips=args.clips, split=args.split, seed=args.seed,
         workers=args.workers, size=args.size, width=args.width, height=args.height,
-        frames=args.frames, fps=args.fps,
+        frames=args.frames or None, fps=args.fps,
     )  # fmt: skip
 
 
@@ -217,9 +222,18 @@ RUN: dict[type, Callable[[Any], None]] = {
 }
 
 
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of source that gave it."""
+    return f"aad1: {message}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (0, or 2 for a user's mistake)."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if args == ["--version"]:
+        print(f"aad1 {__version__}")
+        return 0
+    warnings.formatwarning = _one_line
     rest: list[str] = []
     if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
         args, rest = args[:2], args[2:]  # a preset has flags of its own

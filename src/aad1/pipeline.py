@@ -31,6 +31,7 @@ from aad1.rollout.stream import Rollout, seeded_noise
 
 INDEX = "model_index.json"
 FORMAT = "aad1.pipeline.1"
+STAGES = ("teacher", "ode", "dmd", "aad")
 PACKAGED = Path(__file__).parent / "packaged"
 
 
@@ -54,6 +55,15 @@ class ModelInfo:
     frames: int = 21
     """Latent frames of a training clip."""
     extra: Mapping[str, Any] = dataclass_field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "frames"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fps <= 0:
+            raise UserError(f"fps must be above 0, got {self.fps}")
+        if self.stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -82,7 +92,7 @@ def find_model(name: str | Path) -> Path:
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "out/")):
         return _from_hub(str(name))
     near = difflib.get_close_matches(str(name), packaged_models(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UserError(
         f"no model {str(name)!r}{hint} Packaged: {', '.join(packaged_models()) or 'none'}; "
         "or give a folder, or a hub id owner/name"
@@ -108,6 +118,12 @@ class Pipeline:
     def __init__(
         self, transformer: WanTransformer, codec: Codec, text: WordEncoder, info: ModelInfo
     ) -> None:
+        for what, own, wanted in (
+            ("the codec's latent channels", codec.latent_channels, transformer.config.in_channels),
+            ("the prompt encoder's width", text.dim, transformer.config.text_dim),
+        ):
+            if own != wanted:
+                raise UserError(f"{what} must be the transformer's {wanted}, got {own}")
         self.transformer, self.codec, self.text, self.info = transformer, codec, text, info
 
     # -- folders --------------------------------------------------------------------------
@@ -222,6 +238,7 @@ class Stream:
 
     def __init__(self, pipeline: Pipeline, image: torch.Tensor, prompt: str, seed: int) -> None:
         self.pipeline, self.image, self.seed = pipeline, image, seed
+        self.rollout = pipeline.rollout  # refuses a teacher now, not at the first chunk
         self.chunks: int | None = None
         self.decode_seconds = 0.0
         self._rows: dict[str, torch.Tensor] = {}
@@ -250,7 +267,7 @@ class Stream:
 
     def latents(self) -> Iterator[torch.Tensor]:
         """Clean latents chunk by chunk, without the image, not decoded."""
-        rollout = self.pipeline.rollout
+        rollout = self.rollout
         shape = (self.image.shape[1], self.image.shape[3], self.image.shape[4])
         noise = seeded_noise([self.seed], rollout.geometry, shape, self.image.device)
         return rollout.stream(self.image, lambda i: self._text(self.prompt), noise, self.chunks)
@@ -280,7 +297,9 @@ def read_info(folder: Path) -> ModelInfo:
         raise UserError(f"{folder / INDEX} is not of format {FORMAT}")
     try:
         raw["geometry"] = ChunkGeometry(**raw["geometry"])
-        raw["sigmas"] = tuple(raw["sigmas"])
+        raw["sigmas"] = tuple(float(sigma) for sigma in raw["sigmas"])
         return ModelInfo(**raw)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is incomplete: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{folder / INDEX} has no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / INDEX}: {error}") from None

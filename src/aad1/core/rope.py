@@ -32,25 +32,27 @@ def rope_table(
     Built in float64 on the CPU and kept per position tuple, so a rollout whose positions repeat
     (relative positions do) builds each table once and never waits for the host again.
     """
-    t_dim, h_dim, w_dim = axis_dims(head_dim)
-    t = _angles(torch.tensor(positions), t_dim, theta)
-    h = _angles(torch.arange(rows), h_dim, theta)
-    w = _angles(torch.arange(columns), w_dim, theta)
-    frames = len(positions)
-    grid = torch.cat(
-        [
-            t[:, None, None, :].expand(frames, rows, columns, -1),
-            h[None, :, None, :].expand(frames, rows, columns, -1),
-            w[None, None, :, :].expand(frames, rows, columns, -1),
-        ],
-        dim=-1,
-    ).reshape(frames, rows * columns, 1, head_dim // 2)
-    return grid.cos().float().to(device), grid.sin().float().to(device)
+    # A table first built under the caller's inference mode must serve a later training pass too.
+    with torch.inference_mode(False):
+        t_dim, h_dim, w_dim = axis_dims(head_dim)
+        t = _angles(torch.tensor(positions), t_dim, theta)
+        h = _angles(torch.arange(rows), h_dim, theta)
+        w = _angles(torch.arange(columns), w_dim, theta)
+        frames = len(positions)
+        grid = torch.cat(
+            [
+                t[:, None, None, :].expand(frames, rows, columns, -1),
+                h[None, :, None, :].expand(frames, rows, columns, -1),
+                w[None, None, :, :].expand(frames, rows, columns, -1),
+            ],
+            dim=-1,
+        ).reshape(frames, rows * columns, 1, head_dim // 2)
+        return grid.cos().float().to(device), grid.sin().float().to(device)
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate interleaved channel pairs of x [..., frames, tokens, heads, head_dim] in float32."""
     cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
     out = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return out.flatten(-2).to(x.dtype)

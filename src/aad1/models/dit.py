@@ -49,8 +49,13 @@ class WanConfig:
     patch has nearly as many numbers as the network is wide). forward() returns a velocity."""
 
     def __post_init__(self) -> None:
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+        patch: tuple[int, ...] = self.patch_size  # a file may have given any number of values
+        if len(patch) != 3 or patch[0] != 1 or min(patch) < 1:
             raise UserError(f"patch_size must be (1, h, w), got {self.patch_size}")
+        for name in ("num_attention_heads", "in_channels", "out_channels", "text_dim", "freq_dim",
+                     "ffn_dim", "num_layers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.attention_head_dim < 6 or self.attention_head_dim % 2:
             raise UserError(
                 f"attention_head_dim must be even and >= 6, got {self.attention_head_dim}"
@@ -308,7 +313,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config
         d = config.width
-        patch = tuple(config.patch_size)
+        patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, d, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
@@ -371,6 +376,7 @@ class WanTransformer(nn.Module):
             x, k, v = block(x, e0, context, None if past is None else past[i], wiring)
             out.append((k, v))
         last = self.blocks[-1]
+        assert isinstance(last, Block)
         out.append(last.attn1.key_value(last.attention_input(x, e0)))
         return tuple(out)
 
@@ -433,7 +439,10 @@ class WanTransformer(nn.Module):
             for linear in (mlp.linear_1, mlp.linear_2):
                 nn.init.normal_(linear.weight, std=0.02, generator=generator)
         for block in self.blocks:
-            nn.init.zeros_(block.attn2.to_out[0].weight)
+            assert isinstance(block, Block)
+            out = block.attn2.to_out[0]
+            assert isinstance(out, nn.Linear)
+            nn.init.zeros_(out.weight)
         # Gates start near zero (adaLN-zero): time_proj contributes nothing at first.
         nn.init.zeros_(self.condition_embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)

@@ -104,6 +104,37 @@ def save_transformer(model: WanTransformer, folder: Path, dtype: torch.dtype | N
     write_tensors(folder / WEIGHTS, model.state_dict(), dtype)
 
 
+def _read_config(raw: Mapping[str, Any], path: Path) -> WanConfig:
+    """The fields of a config.json that are ours, type-checked; missing ones keep their default."""
+    values: dict[str, Any] = {}
+    for f in fields(WanConfig):
+        value = raw.get(f.name, f.default)
+        if isinstance(f.default, tuple):
+            value = tuple(value) if isinstance(value, list) else value
+            fits = isinstance(value, tuple) and all(type(v) is int for v in value)
+        elif isinstance(f.default, float):
+            fits = type(value) in (int, float)
+        else:
+            fits = type(value) is type(f.default)
+        if not fits:
+            raise UserError(f"{path}: {f.name} must be like {f.default!r}, got {value!r}")
+        values[f.name] = value
+    try:
+        return WanConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.exists():
+        return [WEIGHTS]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise UserError(f"{index} has no weight_map from keys to files")
+    return sorted(set(shards.values()))
+
+
 def load_transformer(
     folder: Path, dtype: torch.dtype | None, device: torch.device
 ) -> WanTransformer:
@@ -112,13 +143,9 @@ def load_transformer(
     for key in ("image_dim", "added_kv_proj_dim"):
         if raw.get(key) is not None:
             raise UserError(f"{folder}: {key}={raw[key]}: models with an image branch don't fit")
-    known = {f.name for f in fields(WanConfig)}
-    values = {k: v for k, v in raw.items() if k in known}
-    values["patch_size"] = tuple(values.get("patch_size", (1, 2, 2)))
     with torch.device("meta"):
-        model = WanTransformer(WanConfig(**values))
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+        model = WanTransformer(_read_config(raw, folder / "config.json"))
+    names = _weight_files(folder)
     model.to_empty(device="cpu")
     tensors: dict[str, torch.Tensor] = {}
     for name in names:

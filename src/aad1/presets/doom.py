@@ -48,35 +48,34 @@ def experiments() -> dict[str, Experiment]:
         discriminator=taps,
         trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, batch=64),
         optim=OptimConfig(
-            updates=16000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
+            updates=12000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
         ),
         monitor=MonitorConfig(every=10, clips=64),
-        sample_every=4000,
-        checkpoint_every=4000,
+        checkpoint_every=2000,
         log_every=100,
         compile=True,
     )
     student = replace(
-        teacher, teacher=out / "doom-teacher" / "final", log_every=10, sample_every=0, compile=False,
-        checkpoint_every=100,
+        teacher, teacher=out / "doom-teacher" / "final", log_every=10, sample_every=0,
+        compile=False, checkpoint_every=100,
     )  # fmt: skip
     ode = replace(
         student, name="doom-ode", stage=OdeInitConfig(), log_every=50,
-        optim=OptimConfig(updates=600, batch=64, lr=3e-4, schedule="cosine", ema=0.98),
+        optim=OptimConfig(updates=400, batch=64, lr=3e-4, schedule="cosine", ema=0.98),
     )  # fmt: skip
     dmd = replace(
         student, name="doom-dmd", init=out / "doom-ode" / "final",
         stage=DmdConfig(guidance_scale=2.0, shift=3.0, max_weight=10.0),
         monitor=replace(student.monitor, early_stop=True),
         optim=OptimConfig(
-            updates=60, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
+            updates=40, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
         ),
     )  # fmt: skip
     aad = replace(
         student, name="doom-aad", init=out / "doom-dmd" / "final",
-        stage=AdversarialConfig(critic_warmup=30, penalty_weight=1000.0),
+        stage=AdversarialConfig(critic_warmup=30, penalty_weight=2000.0),
         optim=OptimConfig(
-            updates=200, batch=64, lr=2e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+            updates=100, batch=64, lr=1e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
             warmup=30, ema=0.95,
         ),
     )  # fmt: skip

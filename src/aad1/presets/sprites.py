@@ -104,8 +104,9 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     """teacher, ode, dmd, aad and the paper's ablations at one size."""
     p, out = scale.prefix, Path("out")
     teacher = Experiment(
-        name=f"{p}-teacher", stage=PretrainConfig(max_weight=10.0), data=scale.data, model=scale.model,
-        optim=scale.teacher, trajectories=scale.trajectories, monitor=scale.monitor,
+        name=f"{p}-teacher", stage=PretrainConfig(max_weight=10.0), data=scale.data,
+        model=scale.model, optim=scale.teacher, trajectories=scale.trajectories,
+        monitor=scale.monitor,
         discriminator=DiscriminatorConfig(taps=scale.taps), compile=scale.compile,
     )  # fmt: skip
     student = replace(teacher, teacher=out / f"{p}-teacher" / "final")

@@ -63,7 +63,7 @@ class GraphedRollout:
         exit_step: int | None,
     ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Recorded]:
         inputs = [x.detach().clone() for x in (image, text, noise)]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         dtype = torch.get_autocast_dtype("cuda")
         enabled = torch.is_autocast_enabled("cuda")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -54,7 +55,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         s = self.sigmas
-        if not s or s[0] != 1.0 or any(a <= b for a, b in zip(s, s[1:], strict=False)):
+        if not s or s[0] != 1.0 or any(a <= b for a, b in pairwise(s)):
             raise UserError(f"sigmas must start at 1 and fall, got {s}")
         if s[-1] <= 0:
             raise UserError(f"sigmas must be above 0, got {s}")
@@ -103,6 +104,7 @@ class Rollout:
             state.chunk + 1, state.start + x0.shape[2], state.cache.append(new, self.geometry)
         )
 
+    @torch.no_grad()  # as a decorator: a `with` here would leak into the consumer at each yield
     def stream(
         self,
         image: torch.Tensor | None,
@@ -117,16 +119,15 @@ class Rollout:
         A chunk is handed over before its cache pass, and the last one of a finite rollout has
         none. Runs without autograd.
         """
-        with torch.no_grad():
-            state = State() if image is None else self.prefill(image, text(0))
-            made = 0
-            while chunks is None or made < chunks:
-                context = text(state.chunk)
-                x0 = self.generate(state, context, noise).x0
-                made += 1
-                yield x0
-                if chunks is None or made < chunks:
-                    state = self.commit(state, x0, context)
+        state = State() if image is None else self.prefill(image, text(0))
+        made = 0
+        while chunks is None or made < chunks:
+            context = text(state.chunk)
+            x0 = self.generate(state, context, noise).x0
+            made += 1
+            yield x0
+            if chunks is None or made < chunks:
+                state = self.commit(state, x0, context)
 
 
 def seeded_noise(

@@ -49,5 +49,6 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder / STATE} is truncated or not a checkpoint: {error}") from None
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder / STATE} is truncated or not a checkpoint: {line}") from None
     return state, read_json(folder / META)

@@ -47,23 +47,31 @@ class Trainer:
             module.requires_grad_(False)
         self.update = 0
         self.position = 0
+        self.spent = 0.0
+        """Share of the run's time limit that has passed (0 without a limit)."""
         self.parameters = stage.trained()
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         c = self.config
         fused = self.device.type == "cuda"
-        rest = {"weight_decay": c.weight_decay, "fused": fused}
         out: dict[str, torch.optim.Optimizer] = {
             "generator": torch.optim.AdamW(
-                self.parameters["generator"], lr=c.lr, betas=c.betas, **rest
+                self.parameters["generator"],
+                lr=c.lr,
+                betas=c.betas,
+                weight_decay=c.weight_decay,
+                fused=fused,
             )
         }
         if "critic" in self.parameters:
             groups = [{"params": self.parameters["critic"], "lr": c.critic_lr}]
             if "critic_heads" in self.parameters:
                 groups.append({"params": self.parameters["critic_heads"], "lr": c.heads_lr})
-            out["critic"] = torch.optim.AdamW(groups, lr=c.critic_lr, betas=c.critic_betas, **rest)
+            out["critic"] = torch.optim.AdamW(
+                groups, lr=c.critic_lr, betas=c.critic_betas,
+                weight_decay=c.weight_decay, fused=fused,
+            )  # fmt: skip
         return out
 
     def rate(self) -> float:
@@ -73,7 +81,8 @@ class Trainer:
             return (self.update + 1) / c.warmup
         if c.schedule == "constant":
             return 1.0
-        done = (self.update - c.warmup) / max(1, c.updates - c.warmup)
+        # A run that ends by the clock anneals by the clock.
+        done = max(self.spent, (self.update - c.warmup) / max(1, c.updates - c.warmup))
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
 
     def step(self) -> Logs:
@@ -111,8 +120,9 @@ class Trainer:
                     total[name] = total.get(name, torch.zeros_like(value)) + value / c.accumulate
         owned = [p for name, ps in self.parameters.items() if name.startswith(role) for p in ps]
         limit = c.critic_clip if role == "critic" else c.clip
-        norm = torch.nn.utils.clip_grad_norm_(owned, limit)
-        self._check(role, total, norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in owned if p.grad is not None])
+        self._check(role, total, norm)  # before clipping spreads one bad gradient to all
+        torch.nn.utils.clip_grads_with_norm_(owned, limit, norm)
         optimizer.step()
         total[f"{role}_norm"] = norm.detach()
         return total
@@ -135,7 +145,8 @@ class Trainer:
     @torch.no_grad()
     def _average(self) -> None:
         for name, ema in self.ema.items():
-            average, live = list(ema.parameters()), list(self.modules[name].parameters())
+            average: list[torch.Tensor] = list(ema.parameters())
+            live: list[torch.Tensor] = list(self.modules[name].parameters())
             torch._foreach_lerp_(average, live, 1 - self.config.ema)
 
     # -- resuming -------------------------------------------------------------------------

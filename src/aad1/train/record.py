@@ -32,7 +32,7 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
-        named = [o for o in options if dataclasses.is_dataclass(o)]
+        named = [o for o in options if dataclasses.is_dataclass(o) and isinstance(o, type)]
         if named and isinstance(value, dict):
             for option in named:
                 if option.__name__ == value.get("type"):
@@ -48,14 +48,22 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
         unknown = sorted(given.keys() - hints.keys())
         if unknown:
             raise UserError(f"{where} has no field {unknown[0]!r}; it has {', '.join(hints)}")
+        for f in dataclasses.fields(kind):
+            fallback = (f.default, f.default_factory)
+            if f.name not in given and fallback == (dataclasses.MISSING, dataclasses.MISSING):
+                raise UserError(f"{where} needs the field {f.name!r}")
         return kind(**{k: from_plain(hints[k], v, f"{where}.{k}") for k, v in given.items()})
     if origin is tuple:
         args = typing.get_args(kind)
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list, got {value!r}")
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if not isinstance(value, list) or len(value) != len(inner):
+        if len(value) != len(inner):
             raise UserError(f"{where} must be a list of {len(inner)}, got {value!r}")
         return tuple(from_plain(a, v, where) for a, v in zip(inner, value, strict=True))
     if kind is Path:
+        if not isinstance(value, str):
+            raise UserError(f"{where} must be a path, got {value!r}")
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -163,12 +163,14 @@ class Run:
         watched = self.stage_name in ("dmd", "aad") and e.monitor.every > 0
         monitor = CollapseMonitor(e.monitor)
         validation = Validation(self.world, e.monitor.clips)
-        kept: dict[str, Any] | None = None
+        kept: tuple[int, dict[str, Any]] | None = None
         began = time.monotonic()
         reason = "the last update"
         sums: dict[str, torch.Tensor] = {}
         count = 0
         while trainer.update < e.optim.updates:
+            if e.max_minutes:
+                trainer.spent = (time.monotonic() - began) / (60 * e.max_minutes)
             logs = trainer.step()
             update, count = trainer.update, count + 1
             for name, value in logs.items():
@@ -182,12 +184,13 @@ class Run:
                 values = validation.measure(self._rollouts(validation, pipeline))
                 if monitor.check(update, values["M"]):
                     if e.monitor.early_stop:
-                        kept = copy.deepcopy(trainer.ema["generator"].state_dict())
+                        kept = update, copy.deepcopy(trainer.ema["generator"].state_dict())
                 elif monitor.collapsed:
                     log.say(f"motion collapse: M {values['M']:.2f}, best {monitor.best:.2f}")
                 log.values(update, values, "monitor")
                 if e.monitor.early_stop and monitor.collapsed and kept is not None:
-                    trainer.ema["generator"].load_state_dict(kept)
+                    trainer.update, weights = kept  # the model says how long it was trained
+                    trainer.ema["generator"].load_state_dict(weights)
                     reason = f"motion collapse at update {update}"
                     break
             if e.sample_every and update % e.sample_every == 0:
@@ -198,7 +201,8 @@ class Run:
                 self._checkpoint(trainer)
                 reason = f"max_minutes at update {update}"
                 break
-        self._sheet(validation, trainer, trainer.update)
+        made = self._sheet(validation, trainer, trainer.update)
+        log.values(trainer.update, validation.measure(made), "final")
         final = self.folder / "final"
         self.pipeline(trainer).save_pretrained(final)
         log.say(f"{e.name} ended at {reason}; model in {final}")
@@ -266,8 +270,8 @@ class Run:
             )  # fmt: skip
             return self.world.codec.decode(x0)
 
-    def _sheet(self, validation: Validation, trainer: Trainer, update: int) -> None:
-        """Real clips above generated ones, for the eye, and their motion in the log."""
+    def _sheet(self, validation: Validation, trainer: Trainer, update: int) -> torch.Tensor:
+        """Write real clips above generated ones, for the eye; returns the generated ones."""
         from aad1.media import contact_sheet
 
         made = self._rollouts(validation, self.pipeline(trainer))
@@ -280,6 +284,7 @@ class Run:
         path = self.folder / "samples" / f"update-{update:06d}.png"
         with replace_file(path) as temporary:
             contact_sheet(rows, captions).save(temporary)
+        return made
 
 
 def _facts(info: ModelInfo | None) -> dict[str, Any] | None:

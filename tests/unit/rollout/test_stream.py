@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,12 @@ TINY = WanConfig(
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[WanTransformer]:
+def model() -> WanTransformer:
     torch.manual_seed(0)
     net = WanTransformer(TINY).eval()
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    yield net
+    return net
 
 
 def geometries() -> list[ChunkGeometry]:
