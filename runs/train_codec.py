@@ -5,6 +5,12 @@
 --data holds safetensors files, each with a tensor `video` uint8 [N, T, H, W, 3]. All of it is kept
 on the device as uint8, so a step needs no work on the CPU. Writes the codec folder, a sheet
 (original left, reconstruction right) and prints the final figures as one line of JSON.
+
+--init goes on from a codec. With --freeze-encoder only the decoder changes: latents mean what they
+did, so generators trained on them stay valid. That is also how to give a decoder more texture late:
+
+    python runs/train_codec.py --data out/doom/train --init out/doom/codec --freeze-encoder \\
+        --texture 0.5 --lr 2e-4 --out out/doom/codec_sharp
 """
 
 from __future__ import annotations
@@ -44,6 +50,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--heldout-clips", type=int, default=32)
     add("--out", type=Path, required=True, help="codec folder to write")
+    add("--init", type=Path, help="codec folder to start from; its sizes replace the size flags")
+    add("--freeze-encoder", action="store_true", help="train the decoder only; needs --init")
     add("--minutes", type=float, default=4.0, help="training time, compilation left out")
     add("--batch", type=int, default=16)
     add("--frames", type=int, default=17, help="frames of a training window, 1 + 4 k")
@@ -65,7 +73,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true")
     add("--max-clips", type=int, default=0, help="use at most so many training clips (0: all)")
     add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.freeze_encoder and not args.init:
+        parser.error("--freeze-encoder needs --init: an untrained encoder is not worth keeping")
+    return args
 
 
 def read_clips(folder: Path) -> Tensor:
@@ -74,6 +85,27 @@ def read_clips(folder: Path) -> Tensor:
     if not files:
         raise SystemExit(f"no .safetensors shards in {folder}")
     return torch.cat([load_file(str(file))["video"] for file in files])
+
+
+def start(args: argparse.Namespace, clips: Tensor) -> CausalCodec:
+    """The codec to train, on the device of `clips`: that of --init, or a new one fitted to them."""
+    if args.init:
+        codec = load_codec(args.init, device=clips.device)
+        if not isinstance(codec, CausalCodec):
+            raise SystemExit(f"--init {args.init} is a {type(codec).__name__}, not a CausalCodec")
+        codec.train()
+    else:
+        config = CausalCodecConfig(
+            latent_channels=args.latent_channels,
+            widths=tuple(args.widths),
+            decoder_depths=tuple(args.decoder_depths),
+            encoder_depths=tuple(args.encoder_depths),
+        )
+        codec = CausalCodec(config).to(clips.device)
+        sample = torch.randperm(len(clips))[:256].to(clips.device)
+        codec.fit_linear(clips[sample][:, : args.frames])
+    codec.encoder.requires_grad_(not args.freeze_encoder)
+    return codec
 
 
 class Windows:
@@ -170,15 +202,10 @@ def main(argv: list[str] | None = None) -> None:
     clips, heldout = clips.to(device), heldout[:, :whole].to(device)
     windows = Windows(clips, args.frames, args.batch, args.crop)
 
-    config = CausalCodecConfig(
-        latent_channels=args.latent_channels,
-        widths=tuple(args.widths),
-        decoder_depths=tuple(args.decoder_depths),
-        encoder_depths=tuple(args.encoder_depths),
-    )
-    codec = CausalCodec(config).to(device)
-    codec.fit_linear(clips[torch.randperm(len(clips))[:256].to(device)][:, : args.frames])
+    codec = start(args, clips)
     average = copy.deepcopy(codec).eval().requires_grad_(False)
+    pairs = zip(average.parameters(), codec.parameters(), strict=True)
+    averaged, trained = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
     critic = PatchDiscriminator().to(device) if args.gan > 0 else None
     loss_config = CodecLossConfig(noise=args.noise, texture=args.texture)
     stage = CodecStage(codec, loss_config, critic)
@@ -189,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         generator_loss = with_fallback(torch.compile(stage.generator_loss), stage.generator_loss)
         critic_loss = with_fallback(torch.compile(stage.critic_loss), stage.critic_loss)
     optimizer = torch.optim.AdamW(
-        codec.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda
+        trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=cuda
     )
     critic_optimizer = (
         torch.optim.AdamW(critic.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=cuda)
@@ -216,13 +243,13 @@ def main(argv: list[str] | None = None) -> None:
             loss, more = generator_loss(batch, adversarial)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         rate = args.lr * min(1.0, (step + 1) / args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(codec.parameters()), 1 - decay)
+        torch._foreach_lerp_(averaged, trained, 1 - decay)
         return logs | more
 
     def clock() -> float:
@@ -268,8 +295,9 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
 
-    pieces = [average.encode(windows.draw()) for _ in range(max(1, 512 // args.batch))]
-    average.calibrate(torch.cat(pieces))
+    if not args.freeze_encoder:
+        pieces = [average.encode(windows.draw()) for _ in range(max(1, 512 // args.batch))]
+        average.calibrate(torch.cat(pieces))
     average.save_pretrained(args.out, getattr(torch, args.save_dtype))
     saved = load_codec(args.out, device=device)
     assert isinstance(saved, CausalCodec)

@@ -238,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
         args, rest = args[:2], args[2:]  # a preset has flags of its own
     try:
-        command: Any = tyro.cli(Command, args=args, prog="aad1", description=__doc__)  # type: ignore[arg-type, call-overload]
+        command: Any = tyro.cli(
+            Command, args=args, prog="aad1", description="One-step streaming video from one image."
+        )  # type: ignore[arg-type, call-overload]
         if isinstance(command, Train):
             train(command, rest)
         else:

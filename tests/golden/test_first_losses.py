@@ -70,6 +70,7 @@ def first_losses(out: Path) -> dict[str, dict[str, list[float]]]:
         if stage == "teacher":
             shake(final)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] == "train"]
         found[stage] = {name: [line[name] for line in lines] for name in LOSSES[stage]}
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_sharded_files_are_joined(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text("{}")
     with pytest.raises(UserError, match="no weight_map"):
         WanTransformer.from_pretrained(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX systems")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_get_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(

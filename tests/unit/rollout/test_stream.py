@@ -321,3 +321,37 @@ def test_bad_sigmas_are_refused(model: WanTransformer) -> None:
     for bad in ((), (0.9,), (1.0, 1.0), (1.0, 0.0)):
         with pytest.raises(UserError, match="sigmas"):
             Rollout(model, ChunkGeometry(), bad)
+
+
+@pytest.mark.parametrize("sigmas", [(1.0,), (1.0, 0.8)])
+def test_streaming_equals_the_training_rollout(
+    model: WanTransformer, sigmas: tuple[float, ...]
+) -> None:
+    """What is served is what was trained: same chunks, same clean K/V behind each of them."""
+    geometry = ChunkGeometry()
+    torch.manual_seed(6)
+    image = torch.randn(2, 4, 1, 2, 4)
+    text = chunk_text(torch.randn(2, 17, 3, 8), geometry, 17)
+    noise = seeded_noise([3, 4], geometry, (4, 2, 4), torch.device("cpu"))
+    rollout = Rollout(model, geometry, sigmas)
+    recorded = record(rollout, image, text, noise, 17)
+    parts = rollout.stream(image, lambda i: text[:, geometry.start(i)], noise, 4)
+    streamed = torch.cat([image, *parts], 2)
+    torch.testing.assert_close(streamed, recorded.x0, atol=1e-5, rtol=1e-5)
+
+
+def test_every_chunk_step_and_seed_has_noise_of_its_own() -> None:
+    noise = seeded_noise([0, 1], ChunkGeometry(), (4, 2, 4), torch.device("cpu"))
+    draws = [noise(chunk, step)[b] for chunk in (1, 2, 3) for step in (0, 1) for b in (0, 1)]
+    for a, b in itertools.combinations(draws, 2):
+        correlation = float((a * b).mean() / (a.std() * b.std()))
+        assert abs(correlation) < 0.5
+    assert abs(float(torch.stack(draws).std()) - 1) < 0.1
+
+
+def test_streaming_keeps_the_consumers_grad_mode(model: WanTransformer) -> None:
+    image, text = start()
+    noise = seeded_noise([0, 1], ChunkGeometry(), (4, 2, 4), torch.device("cpu"))
+    for x0 in Rollout(model, ChunkGeometry()).stream(image, lambda i: text, noise, 2):
+        assert torch.is_grad_enabled()
+        assert not x0.requires_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -330,3 +331,86 @@ def test_copying_roles_keeps_them_apart() -> None:
     fake = copy.deepcopy(teacher)
     next(iter(fake.parameters())).data.add_(1.0)
     assert not torch.equal(next(iter(fake.parameters())), next(iter(teacher.parameters())))
+
+
+def test_the_dmd_direction_guides_the_real_score_alone() -> None:
+    """g = (fake - guided real) / mean |x - guided real|, both at the same noised clip."""
+    stage, data = dmd(), batch()
+    text = conditioner()(data.captions, FRAMES)
+    got = stage.direction(data.latents, text, rng())
+
+    generator, x = rng(), data.latents
+    tau = stage.tau(3, x, generator)
+    s = tau.view(3, 1, 1, 1, 1)
+    x_tau = (1 - s) * x + s * randn(x.shape, x, generator)
+    with torch.no_grad():
+        cond = stage.real_score(x_tau, tau, text)
+        uncond = stage.real_score(x_tau, tau, torch.zeros_like(text))
+        fake = x_tau - s * stage.fake_score(x_tau, tau, text)
+    real = x_tau - s * (uncond + stage.config.guidance_scale * (cond - uncond))
+    weight = (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(got, (fake - real) / weight, atol=1e-5, rtol=1e-4)
+
+
+class Spy(torch.nn.Module):
+    """Notes what a network is called with, and answers by a function of it."""
+
+    def __init__(self, answer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x.detach(), sigma.detach()))
+        return self.answer(x, sigma)
+
+
+def test_the_fake_score_learns_the_students_clips() -> None:
+    """The velocity towards the student's own rollout gives no loss, that to the data does."""
+    stage, data = dmd(), batch()
+    text = conditioner()(data.captions, FRAMES)
+    own = stage.self_rollout(data.latents, text, rng())[0].x0
+    for target, least in ((own, True), (data.latents, False)):
+        oracle = Spy(lambda x, s, t=target: (x - t) / s.view(-1, 1, 1, 1, 1))  # type: ignore[misc]
+        stage.fake_score = oracle  # type: ignore[assignment]
+        assert (float(stage.critic_loss(data, rng())[0]) < 1e-6) == least
+        stage.fake_score = network(3)
+
+
+def test_real_and_generated_clips_are_judged_at_the_same_noise() -> None:
+    """Same tau and same eps for a clip and its partner, R1 and R2 about each of them."""
+    config = AdversarialConfig(penalty_weight=3.0, penalty_sigma=0.1)
+    stage, data = adversarial(config), batch()
+    text = conditioner()(data.captions, FRAMES)
+    own = stage.self_rollout(data.latents, text, rng())[0].x0
+    spy = Spy(lambda x, s: x.flatten(1).sum(1))
+    stage.discriminator = spy  # type: ignore[assignment]
+    _, logs = stage.critic_loss(data, rng())
+    (x, sigma), (near, _) = spy.seen
+    assert torch.equal(sigma[:3], sigma[3:])
+    s = sigma[:3].view(3, 1, 1, 1, 1)
+    eps = [(half - (1 - s) * x0) / s for half, x0 in zip(x.chunk(2), (data.latents, own),
+                                                         strict=True)]  # fmt: skip
+    torch.testing.assert_close(eps[0], eps[1], atol=1e-3, rtol=1e-3)
+    assert abs(float((near - x).std()) - 0.1) < 0.01
+    moved = ((near - x).flatten(1).sum(1)) ** 2
+    want = moved[:3].mean() + moved[3:].mean()
+    torch.testing.assert_close(logs["penalty"], want, atol=1e-3, rtol=1e-3)
+
+
+def test_teacher_forcing_reads_the_clean_end_point_as_context() -> None:
+    data, calls = batch(1), []
+    assert data.trajectory is not None
+    net = network()
+    plain = net.keys_values
+
+    def noted(latents: torch.Tensor, sigma: torch.Tensor, *args: object, **kw: object) -> object:
+        calls.append((latents, sigma))
+        return plain(latents, sigma, *args, **kw)  # type: ignore[arg-type]
+
+    net.keys_values = noted  # type: ignore[method-assign, assignment]
+    config = OdeInitConfig(context="teacher_forcing")
+    OdeInit(net, conditioner(), GEOMETRY, (1.0,), config).generator_loss(data, rng())
+    ((latents, sigma),) = calls
+    assert torch.equal(latents, data.trajectory[:, -1])
+    assert float(sigma.abs().max()) == 0
