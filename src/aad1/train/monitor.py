@@ -7,9 +7,12 @@ optical flow with that of the real continuations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from aad1.evaluate.motion import motion
 from aad1.evaluate.report import evaluate_videos, measure_real
@@ -33,22 +36,40 @@ class CollapseMonitor:
     config: MonitorConfig
     best: float = 0.0
     falls: int = 0
-    history: list[tuple[int, float]] = field(default_factory=list)
+    history: list[list[float]] = field(default_factory=list)
+    """[update, M] of every check."""
+    kept: dict[str, Any] | None = None
+    """Update and weights of the check with the best M (the latest of equals)."""
 
-    def check(self, update: int, m: float) -> bool:
-        """Record M at an update; True if this check is not a fall (weights worth keeping)."""
-        self.history.append((update, m))
+    def check(self, update: int, m: float, model: nn.Module) -> None:
+        """Record M at an update, and keep the model's weights if none had a better M."""
+        self.history.append([update, m])
         capped = min(m, 1.0)
-        if capped < self.config.fall * self.best:
-            self.falls += 1
-            return False
-        self.falls = 0
-        self.best = max(self.best, capped)
-        return True
+        self.falls = self.falls + 1 if capped < self.config.fall * self.best else 0
+        if capped >= self.best:
+            self.best = capped
+            if self.config.early_stop:
+                weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+                self.kept = {"update": update, "weights": weights}
+
+    @property
+    def fallen(self) -> bool:
+        """Whether the last check was a fall."""
+        return self.falls > 0
 
     @property
     def collapsed(self) -> bool:
+        """Whether the falls have lasted for `config.patience` checks."""
         return self.falls >= self.config.patience
+
+    def state(self) -> dict[str, Any]:
+        """For checkpoints."""
+        return {k: getattr(self, k) for k in ("best", "falls", "history", "kept")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()`."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class Validation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from aad1.train.config import Experiment
 from aad1.train.log import RunLog
 from aad1.train.loop import Trainer
 from aad1.train.monitor import CollapseMonitor, Validation
-from aad1.train.record import write_record
+from aad1.train.record import to_plain, write_record
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
 
@@ -143,7 +144,6 @@ class Run:
         """Train to the end (continuing an interrupted run) and write the final model."""
         e = self.experiment
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_record(e, self.folder / "config.yaml")
         if e.compile:
             torch._dynamo.config.recompile_limit = 64
             Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
@@ -152,6 +152,7 @@ class Run:
 
     def _train(self, log: RunLog) -> Path:
         e = self.experiment
+        final = self.folder / "final"
         stage, source, modules = self._stage(log)
         averaged = tuple(n for n in ("generator", "text") if n in modules)
         trainer = Trainer(
@@ -159,76 +160,89 @@ class Run:
             bf16=self.bf16,
             critic_warmup=getattr(e.stage, "critic_warmup", 0),
         )  # fmt: skip
-        self._resume(trainer, log)
-        watched = self.stage_name in ("dmd", "aad") and e.monitor.every > 0
         monitor = CollapseMonitor(e.monitor)
+        before = self._resume(trainer, monitor, log)
+        write_record(e, self.folder / "config.yaml")
+        if trainer.update >= e.optim.updates and final.is_dir():
+            log.say(f"{e.name} had ended at update {trainer.update}; model in {final}")
+            return final
         validation = Validation(self.world, e.monitor.clips)
-        kept: tuple[int, dict[str, Any]] | None = None
-        began = time.monotonic()
+        began = time.monotonic() - before
         reason = "the last update"
-        sums: dict[str, torch.Tensor] = {}
-        count = 0
+        sums = _Means()
         while trainer.update < e.optim.updates:
             if e.max_minutes:
                 trainer.spent = (time.monotonic() - began) / (60 * e.max_minutes)
-            logs = trainer.step()
-            update, count = trainer.update, count + 1
-            for name, value in logs.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            sums.add(trainer.step())
+            update = trainer.update
             log.advance(update)
             if update % e.log_every == 0 or update == e.optim.updates:
-                log.values(update, {k: float(v) / count for k, v in sums.items()})
-                sums, count = {}, 0
-            if watched and (update % e.monitor.every == 0 or update == 1):
-                pipeline = self.pipeline(trainer)
-                values = validation.measure(self._rollouts(validation, pipeline))
-                if monitor.check(update, values["M"]):
-                    if e.monitor.early_stop:
-                        kept = update, copy.deepcopy(trainer.ema["generator"].state_dict())
-                elif monitor.collapsed:
-                    log.say(f"motion collapse: M {values['M']:.2f}, best {monitor.best:.2f}")
+                log.values(update, sums.take())
+            if self._watched and (update % e.monitor.every == 0 or update == 1):
+                made = self._rollouts(validation, self.pipeline(trainer))
+                values = validation.measure(made)
+                monitor.check(update, values["M"], trainer.ema["generator"])
                 log.values(update, values, "monitor")
-                if e.monitor.early_stop and monitor.collapsed and kept is not None:
-                    trainer.update, weights = kept  # the model says how long it was trained
-                    trainer.ema["generator"].load_state_dict(weights)
-                    reason = f"motion collapse at update {update}"
-                    break
+                if monitor.collapsed:
+                    log.say(f"motion collapse: M {values['M']:.2f}, best {monitor.best:.2f}")
+                    if e.monitor.early_stop:
+                        reason = f"motion collapse at update {update}"
+                        break
             if e.sample_every and update % e.sample_every == 0:
                 self._sheet(validation, trainer, update)
-            if update % e.checkpoint_every == 0 and update < e.optim.updates:
-                self._checkpoint(trainer)
-            if e.max_minutes and time.monotonic() - began > 60 * e.max_minutes:
-                self._checkpoint(trainer)
+            if update % e.checkpoint_every == 0:
+                self._checkpoint(trainer, monitor, time.monotonic() - began)
+            if trainer.spent >= 1:
                 reason = f"max_minutes at update {update}"
                 break
+        self._checkpoint(trainer, monitor, time.monotonic() - began)
+        if e.monitor.early_stop and monitor.fallen and monitor.kept:
+            trainer.ema["generator"].load_state_dict(monitor.kept["weights"])
+            trainer.update = monitor.kept["update"]  # the model says how long it was trained
+            reason += f", weights of update {trainer.update} (M {monitor.best:.2f}) kept"
         made = self._sheet(validation, trainer, trainer.update)
         log.values(trainer.update, validation.measure(made), "final")
-        final = self.folder / "final"
         self.pipeline(trainer).save_pretrained(final)
         log.say(f"{e.name} ended at {reason}; model in {final}")
         return final
 
-    def _resume(self, trainer: Trainer, log: RunLog) -> None:
+    @property
+    def _watched(self) -> bool:
+        """Whether the collapse monitor runs: stages II and III roll out their own frames."""
+        return self.stage_name in ("dmd", "aad") and self.experiment.monitor.every > 0
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a run continues."""
+        plain = to_plain(self.experiment)
+        keep = ("stage", "data", "model", "geometry", "sigmas", "discriminator", "seed")
+        parent = self.parent.sha256 if self.parent else ""
+        return {"kind": self.stage_name, "parent": parent, **{k: plain[k] for k in keep}}
+
+    def _resume(self, trainer: Trainer, monitor: CollapseMonitor, log: RunLog) -> float:
+        """Continue from the newest checkpoint if there is one; returns seconds trained before."""
         found = checkpoint.steps(self.folder)
         if not found:
-            return
+            return 0.0
         state, meta = checkpoint.load(found[-1])
-        parent = self.parent.sha256 if self.parent else ""
-        if meta.get("stage") != self.stage_name or meta.get("parent") != parent:
-            raise UserError(
-                f"{found[-1]} is of stage {meta.get('stage')!r} with another parent; "
-                f"remove {self.folder} or choose another --name"
-            )
-        trainer.restore(state)
+        for name, value in self._identity().items():
+            if meta.get(name) != value:
+                raise UserError(
+                    f"{found[-1]} was made with {name} {meta.get(name)!r}, now it is {value!r}; "
+                    f"remove {self.folder} or choose another --name"
+                )
+        trainer.restore(state["trainer"])
+        monitor.restore(state["monitor"])
         log.say(f"continuing from {found[-1]}")
+        return float(meta["seconds"])
 
-    def _checkpoint(self, trainer: Trainer) -> None:
+    def _checkpoint(self, trainer: Trainer, monitor: CollapseMonitor, seconds: float) -> None:
         meta = {
-            "stage": self.stage_name,
-            "parent": self.parent.sha256 if self.parent else "",
+            **self._identity(),
+            "seconds": round(seconds, 2),
             "hash": weights_hash(trainer.modules["generator"]),
         }
-        checkpoint.save(self.folder, trainer.update, trainer.state(), meta)
+        state = {"trainer": trainer.state(), "monitor": monitor.state()}
+        checkpoint.save(self.folder, trainer.update, state, meta)
 
     # -- what comes out -------------------------------------------------------------------
 
@@ -239,7 +253,7 @@ class Run:
         assert isinstance(model, WanTransformer)
         text = trainer.ema.get("text", self.text)
         assert isinstance(text, WordEncoder)
-        height, width = self._size()
+        height, width = self.world.size
         info = ModelInfo(
             world=self.world.name, width=width, height=height, fps=self.world.fps,
             stage=self.stage_name, updates=trainer.update, sha256=weights_hash(model),
@@ -247,11 +261,6 @@ class Run:
             frames=self.world.frames,
         )  # fmt: skip
         return Pipeline(model, self.world.codec, text, info)
-
-    def _size(self) -> tuple[int, int]:
-        source = self.world.train().batch(0, 1).latents
-        stride = self.world.codec.spatial_stride
-        return source.shape[-2] * stride, source.shape[-1] * stride
 
     def _rollouts(self, validation: Validation, pipeline: Pipeline) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -285,6 +294,23 @@ class Run:
         with replace_file(path) as temporary:
             contact_sheet(rows, captions).save(temporary)
         return made
+
+
+class _Means:
+    """Means of logged tensors since they were last taken; no wait for the device in between."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def add(self, logs: Mapping[str, torch.Tensor]) -> None:
+        for name, value in logs.items():
+            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        out = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return out
 
 
 def _facts(info: ModelInfo | None) -> dict[str, Any] | None:

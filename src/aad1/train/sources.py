@@ -51,6 +51,8 @@ class World:
     words: tuple[str, ...]
     fps: float
     frames: int
+    size: tuple[int, int]
+    """Height and width of a video frame."""
 
     def train(self) -> Source:
         raise NotImplementedError
@@ -72,6 +74,7 @@ class SpritesWorld(World):
         sample, _ = sprites.draw(data.world, 64, seed=key("codec") >> 2)
         self.codec = PixelCodec.fit(sample.video, data.stride)
         self.frames = data.world.frames
+        self.size = (data.world.size, data.world.size)
 
     def _draw(self, config: sprites.SpritesConfig, seed: int, start: int, count: int
               ) -> tuple[torch.Tensor, Batch]:  # fmt: skip
@@ -123,6 +126,9 @@ class LatentWorld(World):
         self._train = ClipShards(data.train)
         self._heldout = ClipShards(data.heldout)
         self.frames = self._train.clip_shape[1]
+        height, width = self._train.clip_shape[2:]
+        stride = self.codec.spatial_stride
+        self.size = (height * stride, width * stride)
         captions = {c for clip in self._train.captions for c in clip}
         self.words = tuple(sorted({w for c in captions for w in c.lower().split()}))
 

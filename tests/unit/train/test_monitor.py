@@ -12,46 +12,70 @@ from aad1.worlds.sprites import SpritesConfig
 
 
 def follow(values: list[float], **config: float) -> tuple[CollapseMonitor, list[bool], list[bool]]:
-    monitor = CollapseMonitor(MonitorConfig(**config))  # type: ignore[arg-type]
-    kept, collapsed = [], []
+    """The monitor after these checks, which of them were falls, and when it was a collapse.
+
+    The model's one weight is the number of the check.
+    """
+    monitor = CollapseMonitor(MonitorConfig(early_stop=True, **config))  # type: ignore[arg-type]
+    model = torch.nn.Linear(1, 1, bias=False)
+    fallen, collapsed = [], []
     for update, m in enumerate(values):
-        kept.append(monitor.check(update, m))
+        torch.nn.init.constant_(model.weight, float(update))
+        monitor.check(update, m, model)
+        fallen.append(monitor.fallen)
         collapsed.append(monitor.collapsed)
-    return monitor, kept, collapsed
+    return monitor, fallen, collapsed
 
 
 def test_three_falls_in_a_row_are_a_collapse() -> None:
-    _, kept, collapsed = follow([0.5, 0.9, 0.7, 0.6, 0.5])
-    assert kept == [True, True, False, False, False]
+    monitor, fallen, collapsed = follow([0.5, 0.9, 0.7, 0.6, 0.5])
+    assert fallen == [False, False, True, True, True]
     assert collapsed == [False, False, False, False, True]
+    assert monitor.kept is not None
+    assert monitor.kept["update"] == 1
 
 
 def test_a_recovery_starts_the_count_anew() -> None:
-    _, kept, collapsed = follow([1.0, 0.7, 0.7, 0.85, 0.7, 0.7, 0.7])
-    assert kept == [True, False, False, True, False, False, False]
+    _, fallen, collapsed = follow([1.0, 0.7, 0.7, 0.85, 0.7, 0.7, 0.7])
+    assert fallen == [False, True, True, False, True, True, True]
     assert collapsed == [False] * 6 + [True]
 
 
 def test_motion_above_one_counts_as_one() -> None:
     """A wild start (M = 3) must not make a healthy M = 0.9 look like a fall."""
-    monitor, kept, collapsed = follow([3.0, 0.9, 0.85, 0.81])
+    monitor, fallen, collapsed = follow([3.0, 0.9, 0.85, 0.81])
     assert monitor.best == 1.0
-    assert all(kept)
+    assert not any(fallen)
     assert not any(collapsed)
-    _, kept, _ = follow([3.0, 0.79])
-    assert kept == [True, False]
+    assert follow([3.0, 0.79])[1] == [False, True]
 
 
 def test_the_bound_is_a_share_of_the_best_so_far() -> None:
-    monitor, kept, _ = follow([0.2, 0.15, 0.17, 0.5, 0.39, 0.41])
-    assert kept == [True, False, True, True, False, True]
+    values = [0.2, 0.15, 0.17, 0.5, 0.39, 0.41]
+    monitor, fallen, _ = follow(values)
+    assert fallen == [False, True, False, False, True, False]
     assert monitor.best == 0.5
-    assert monitor.history == list(enumerate([0.2, 0.15, 0.17, 0.5, 0.39, 0.41]))
+    assert monitor.history == [list(pair) for pair in enumerate(values)]
+
+
+def test_the_weights_of_the_best_motion_are_kept_the_latest_of_equals() -> None:
+    monitor, _, _ = follow([1.2, 0.95, 1.1, 0.99])
+    assert monitor.kept is not None
+    assert monitor.kept["update"] == 2
+    assert float(monitor.kept["weights"]["weight"]) == 2.0
 
 
 def test_patience_and_fall_are_settings() -> None:
     assert follow([1.0, 0.7], patience=1)[2] == [False, True]
-    assert follow([1.0, 0.7], fall=0.6)[1] == [True, True]
+    assert follow([1.0, 0.7], fall=0.6)[1] == [False, False]
+
+
+def test_a_restored_monitor_goes_on_as_before() -> None:
+    monitor, _, _ = follow([1.0, 0.7, 0.7])
+    other = CollapseMonitor(monitor.config)
+    other.restore(monitor.state())
+    other.check(3, 0.7, torch.nn.Linear(1, 1))
+    assert other.collapsed
 
 
 @pytest.fixture(scope="module")
