@@ -10,7 +10,7 @@ on the device as uint8, so a step needs no work on the CPU. Writes the codec fol
 did, so generators trained on them stay valid. That is also how to give a decoder more texture late:
 
     python runs/train_codec.py --data out/doom/train --init out/doom/codec --freeze-encoder \\
-        --texture 0.5 --lr 2e-4 --out out/doom/codec_sharp
+        --texture 0.3 --lr 4e-4 --out out/doom/codec_sharp
 """
 
 from __future__ import annotations

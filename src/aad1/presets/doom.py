@@ -41,12 +41,12 @@ def experiments() -> dict[str, Experiment]:
     taps = DiscriminatorConfig(taps=(4, 6, 9))
     teacher = Experiment(
         name="doom-teacher",
-        stage=PretrainConfig(shift=3.0, max_weight=10.0),
+        stage=PretrainConfig(shift=3.0, max_weight=10.0, image_share=0.5),
         data=LatentData(),
         model=MODEL,
         text_length=8,
         discriminator=taps,
-        trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, batch=64),
+        trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, from_image=True, batch=64),
         optim=OptimConfig(
             updates=12000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
         ),

@@ -3,11 +3,12 @@
 With x the video, z = E(x) its latents, s the noise level and n white noise,
 
     L = l1 |x' - x| + l2 (x' - x)^2 + laplacian sum_l |P_l x' - P_l x|
-        + texture |log e(x') - log e(x)| + temporal |D x' - D x| + moments KL(z) + tails T(z),
+        + texture |e(x') - e(x)| + temporal |D x' - D x| + moments KL(z) + tails T(z),
     x' = G(z + s std(z) n),    s ~ U[0, noise] per clip and latent frame,
 
-where P_l is level l of a Laplacian pyramid, e the local energy of the Laplacian (it does not know
-where exactly an edge lies, so it rewards texture where |x' - x| would rather blur), D the
+where P_l is level l of a Laplacian pyramid, e the local mean log |Laplacian| of the luma (it does
+not know where exactly an edge lies, so it rewards texture where |x' - x| would rather blur; the
+mean of the logarithm, since a few strong edges have the energy of a whole texture), D the
 difference of neighbouring frames, KL(z) the divergence of N(mean, variance) of each latent channel
 from N(0, 1), and T(z) the mean excess of |z| over 4 standard deviations (a diffusion model learns
 rare large values badly). The noise makes the decoder forgive the small errors of a generator; it is
@@ -33,8 +34,9 @@ from aad1.models.codec import to_pixels
 
 Logs = dict[str, Tensor]
 
-# Two grey levels, in pixels of [-1, 1]: texture fainter than that is not asked for.
-_ENERGY_FLOOR = 2 / 127.5
+# One grey level, in pixels of [-1, 1]: texture fainter than that is not asked for.
+_TEXTURE_FLOOR = 1 / 127.5
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class CodecNetwork(Protocol):
@@ -60,7 +62,7 @@ class CodecLossConfig:
     l1: float = 1.0
     l2: float = 1.0
     laplacian: float = 1.0
-    texture: float = 0.03
+    texture: float = 0.3
     temporal: float = 0.5
     moments: float = 1e-3
     tails: float = 0.1
@@ -88,7 +90,7 @@ def codec_loss(
         "l1": error.abs().mean(),
         "l2": error.square().mean(),
         "laplacian": _pyramid_error(error, config.pyramid_levels),
-        "texture": (_log_energy(x) - _log_energy(y)).abs().mean(),
+        "texture": (_texture(x) - _texture(y)).abs().mean(),
         "moments": _moment_divergence(latents.float()),
         "tails": _excess(latents.float()),
     }
@@ -122,10 +124,10 @@ def _laplacian(image: Tensor) -> Tensor:
     return 4 * centre - sides - image[..., :-2, 1:-1] - image[..., 2:, 1:-1]
 
 
-def _log_energy(video: Tensor) -> Tensor:
-    """Log of the root mean square Laplacian in windows of 4 x 4 pixels, stride 2."""
-    energy = nnf.avg_pool2d(_laplacian(_images(video)).square(), 4, stride=2)
-    return 0.5 * (energy + _ENERGY_FLOOR**2).log()
+def _texture(video: Tensor) -> Tensor:
+    """Mean log |Laplacian of the luma| in windows of 8 x 8 pixels, stride 4."""
+    luma = _images(video).movedim(1, -1) @ video.new_tensor(_LUMA)
+    return nnf.avg_pool2d((_laplacian(luma[:, None]).abs() + _TEXTURE_FLOOR).log(), 8, stride=4)
 
 
 def _moment_divergence(latents: Tensor) -> Tensor:
@@ -253,8 +255,7 @@ def sharpness_ratio(video: Tensor, reference: Tensor) -> float:
 
 
 def _mean_log_laplacian(video: Tensor) -> float:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=video.device)
-    luma = (video.float() @ weights).flatten(0, -3)[:, None]
+    luma = (video.float() @ torch.tensor(_LUMA, device=video.device)).flatten(0, -3)[:, None]
     return float(_laplacian(luma).abs().log1p().double().mean())
 
 

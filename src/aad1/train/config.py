@@ -50,6 +50,9 @@ class TrajectoryConfig:
     """Euler steps; a multiple of 4 puts the two-step level on the grid."""
     shift: float = 5.0
     guidance_scale: float = 1.5
+    from_image: bool = False
+    """Start from real first frames, for a teacher that was trained with clean first frames among
+    others (`stage.image_share`); otherwise the teacher draws its own, as Wan T2V does."""
     batch: int = 32
 
 

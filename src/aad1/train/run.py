@@ -276,6 +276,7 @@ class Run:
             x0, _ = sample(
                 pipeline.transformer, noise, text, torch.zeros_like(text),
                 steps=t.steps, shift=t.shift, guidance_scale=t.guidance_scale,
+                image=latents[:, :, :1] if t.from_image else None,
             )  # fmt: skip
             return self.world.codec.decode(x0)
 

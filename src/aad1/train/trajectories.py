@@ -31,8 +31,8 @@ def trajectories(
 ) -> tuple[torch.Tensor, list[list[str]]]:
     """Trajectories [N, len(sigmas) + 1, C, F, h, w] (float16) and their captions.
 
-    Prompts are those of the source's first clips; the teacher draws its own first frame. Written
-    one file a batch, named by what made it, so an interrupted run goes on.
+    Prompts are those of the source's first clips, and so is the first frame if config.from_image
+    (otherwise the teacher draws its own). Written one file a batch, named by what made it, so an interrupted run goes on.
     """
     device = teacher.device
     parts, captions = [], []
@@ -41,7 +41,8 @@ def trajectories(
         count = min(config.batch, config.clips - start)
         batch = source.batch(start, count)
         captions += batch.captions
-        path = folder / f"trajectories-{identity % 10**8:08d}-{number:04d}.safetensors"
+        name = key(identity, batch.captions) % 10**12
+        path = folder / f"trajectories-{name:012d}-{number:04d}.safetensors"
         if not path.exists():
             rng = torch.Generator(device=device).manual_seed(key("trajectory", identity, number))
             noise = torch.randn(batch.latents.shape, generator=rng, device=device)
@@ -56,6 +57,7 @@ def trajectories(
                     shift=config.shift,
                     guidance_scale=config.guidance_scale,
                     keep=sigmas,
+                    image=batch.latents[:, :, :1] if config.from_image else None,
                 )
             states = torch.cat([states, x0[:, None]], 1).half().cpu()
             with replace_file(path) as temporary:

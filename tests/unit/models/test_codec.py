@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import aad1
 from aad1.errors import UserError
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig, fold_time, unfold_time
 from aad1.models.codec import Codec, PixelCodec, load_codec, to_pixels
@@ -23,6 +27,8 @@ from aad1.stages.codec_loss import (
     sharpness_ratio,
 )
 
+ROOT = Path(__file__).parents[3]
+PACKAGED = Path(aad1.__file__).parent / "packaged"
 TINY = CausalCodecConfig(latent_channels=6, widths=(16, 12, 8, 8))
 
 
@@ -377,6 +383,47 @@ def test_critic_learns_to_tell_apart_and_pushes_the_codec() -> None:
     assert float(loss.detach()) > float(plain.detach()) + 10
     with pytest.raises(ValueError, match="critic"):
         CodecStage(codec).generator_loss(clip, torch.tensor(1.0))
+
+
+def test_training_with_a_frozen_encoder_changes_the_decoder_alone(tmp_path: Path) -> None:
+    """The training script, whole, from a codec in float16."""
+    main = runpy.run_path(str(ROOT / "runs" / "train_codec.py"))["main"]
+    tiny_codec().save_pretrained(tmp_path / "before", torch.float16)
+    (tmp_path / "data").mkdir()
+    save_file({"video": moving_texture(size=16)}, tmp_path / "data" / "a.safetensors")
+    flags = f"--data {tmp_path}/data --out {tmp_path}/after --minutes 0.005 --batch 2 --frames 5"
+    main([*flags.split(), "--device=cpu", "--init", str(tmp_path / "before"), "--freeze-encoder"])
+    before = load_file(tmp_path / "before" / "model.safetensors")
+    after = load_file(tmp_path / "after" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "decoder.conv_out.weight" in changed
+    assert all(name.startswith("decoder.") for name in changed)
+    assert before.keys() == after.keys()
+    with pytest.raises(SystemExit):
+        main([*flags.split(), "--freeze-encoder"])
+
+
+def test_texture_tells_fine_grain_from_a_few_strong_edges_of_the_same_energy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grain = 0.1 * torch.randn(1, 1, 2, 48, 48, generator=generator).expand(1, 3, 2, 48, 48)
+    edges = torch.zeros(1, 3, 2, 48, 48)
+    edges[..., ::8, ::8] = 0.8  # one pixel in 64: the same mean square as the grain
+    assert float(edges.square().mean()) == pytest.approx(float(grain.square().mean()), rel=0.1)
+    latents = torch.zeros(1, 4, 2, 6, 6)
+    _, same = codec_loss(grain.roll(3, -1), grain, latents, CodecLossConfig())
+    _, other = codec_loss(edges, grain, latents, CodecLossConfig())
+    assert float(same["texture"]) < 0.3 < 1.5 < float(other["texture"])
+
+
+def test_packaged_doom_codec_keeps_the_packaged_frames_sharp() -> None:
+    codec = load_codec(PACKAGED / "doom_codec")
+    frames = [np.array(Image.open(path)) for path in sorted(PACKAGED.glob("doom_frames/*.png"))]
+    captions = json.loads((PACKAGED / "doom_frames" / "captions.json").read_text())
+    assert len(frames) == len(captions) >= 12
+    images = torch.from_numpy(np.stack(frames))[:, None]
+    decoded = codec.decode(codec.encode(images))
+    assert psnr(decoded, images) >= 27
+    assert 0.8 <= sharpness_ratio(decoded, images) <= 1.2
 
 
 def test_metrics_against_known_values() -> None:
