@@ -10,7 +10,7 @@ on the device as uint8, so a step needs no work on the CPU. Writes the codec fol
 did, so generators trained on them stay valid. That is also how to give a decoder more texture late:
 
     python runs/train_codec.py --data out/doom/train --init out/doom/codec --freeze-encoder \\
-        --texture 0.3 --lr 4e-4 --out out/doom/codec_sharp
+        --texture 0.3 --lr 4e-4 --blend 0.5 --out out/doom/codec_sharp
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from aad1.stages.codec_loss import (
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--blend", type=float, default=1.0, help="how far to go from --init to the result, 0..1")
     add("--data", type=Path, required=True, help="folder of training shards")
     add(
         "--heldout", type=Path, help="folder of held-out shards (default: the last clips of --data)"
@@ -74,6 +75,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-clips", type=int, default=0, help="use at most so many training clips (0: all)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if not 0 <= args.blend <= 1 or (args.blend < 1 and not args.init):
+        parser.error("--blend must be within [0, 1], and below 1 needs --init")
     if args.freeze_encoder and not args.init:
         parser.error("--freeze-encoder needs --init: an untrained encoder is not worth keeping")
     return args
@@ -205,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     codec = start(args, clips)
     average = copy.deepcopy(codec).eval().requires_grad_(False)
     pairs = zip(average.parameters(), codec.parameters(), strict=True)
+    initial = copy.deepcopy(codec)
     averaged, trained = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
     critic = PatchDiscriminator().to(device) if args.gan > 0 else None
     loss_config = CodecLossConfig(noise=args.noise, texture=args.texture)
@@ -295,6 +299,10 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
 
+    if args.blend < 1:
+        pairs = zip(average.parameters(), initial.parameters(), strict=True)
+        for value, first in pairs:
+            value.copy_(first.detach().lerp(value, args.blend))
     if not args.freeze_encoder:
         pieces = [average.encode(windows.draw()) for _ in range(max(1, 512 // args.batch))]
         average.calibrate(torch.cat(pieces))

@@ -443,7 +443,13 @@ class WanTransformer(nn.Module):
             out = block.attn2.to_out[0]
             assert isinstance(out, nn.Linear)
             nn.init.zeros_(out.weight)
-        # Gates start near zero (adaLN-zero): time_proj contributes nothing at first.
+            nn.init.constant_(block.attn1.norm_q.weight, 1.4)
+            nn.init.constant_(block.attn1.norm_k.weight, 1.4)
+            nn.init.zeros_(block.scale_shift_table)
+            with torch.no_grad():
+                block.scale_shift_table[:, [2, 5]] = 0.5
+        nn.init.zeros_(self.scale_shift_table)
+        # The noise level says nothing at first: each block learns what to do with it.
         nn.init.zeros_(self.condition_embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)
 

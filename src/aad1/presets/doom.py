@@ -46,7 +46,9 @@ def experiments() -> dict[str, Experiment]:
         model=MODEL,
         text_length=8,
         discriminator=taps,
-        trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, from_image=True, batch=64),
+        trajectories=TrajectoryConfig(
+            clips=1024, steps=24, guidance_scale=1.5, from_image=True, batch=64
+        ),
         optim=OptimConfig(
             updates=12000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
         ),

@@ -65,6 +65,9 @@ class OptimConfig:
     """Clips per micro-batch."""
     accumulate: int = 1
     """Micro-batches per update."""
+    optimizer: str = "adamw"
+    """"adamw", or "muon" for the matrices inside the blocks (AdamW for the rest): learns a model
+    from scratch in far fewer updates."""
     lr: float = 1e-4
     critic_lr: float = 1e-4
     heads_lr: float = 2e-4
@@ -90,6 +93,8 @@ class OptimConfig:
                 "optim learning rates must be above 0, got "
                 f"{self.lr}, {self.critic_lr}, {self.heads_lr}"
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f'optim.optimizer must be "adamw" or "muon", got {self.optimizer!r}')
         if not 0 <= self.ema < 1:
             raise UserError(f"optim.ema must be in [0, 1), got {self.ema}")
         if self.schedule not in ("constant", "cosine"):

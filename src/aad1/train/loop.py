@@ -52,26 +52,36 @@ class Trainer:
         self.parameters = stage.trained()
         self.optimizers = self._optimizers()
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
         c = self.config
         fused = self.device.type == "cuda"
-        out: dict[str, torch.optim.Optimizer] = {
-            "generator": torch.optim.AdamW(
-                self.parameters["generator"],
-                lr=c.lr,
-                betas=c.betas,
-                weight_decay=c.weight_decay,
-                fused=fused,
+        groups: list[dict[str, Any]] = [{"params": self.parameters["generator"]}]
+        out: dict[str, list[torch.optim.Optimizer]] = {"generator": []}
+        if c.optimizer == "muon":
+            matrices, groups = _matrices(self.modules["generator"], self.parameters["generator"])
+            out["generator"].append(
+                torch.optim.Muon(
+                    matrices, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
             )
-        }
+        out["generator"].append(
+            torch.optim.AdamW(
+                groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused
+            )
+        )
         if "critic" in self.parameters:
             groups = [{"params": self.parameters["critic"], "lr": c.critic_lr}]
             if "critic_heads" in self.parameters:
                 groups.append({"params": self.parameters["critic_heads"], "lr": c.heads_lr})
-            out["critic"] = torch.optim.AdamW(
-                groups, lr=c.critic_lr, betas=c.critic_betas,
-                weight_decay=c.weight_decay, fused=fused,
-            )  # fmt: skip
+            out["critic"] = [
+                torch.optim.AdamW(
+                    groups,
+                    lr=c.critic_lr,
+                    betas=c.critic_betas,
+                    weight_decay=c.weight_decay,
+                    fused=fused,
+                )
+            ]
         return out
 
     def rate(self) -> float:
@@ -91,8 +101,9 @@ class Trainer:
         extra = self.critic_warmup if self.update == 0 else 0
         for i in range(self.stage.critic_updates + extra):
             logs |= self._optimise("critic", i)
-        for group in self.optimizers["generator"].param_groups:
-            group["lr"] = self.config.lr * self.rate()
+        for optimizer in self.optimizers["generator"]:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.lr * self.rate()
         logs |= self._optimise("generator", 0)
         self.update += 1
         self._average()
@@ -101,8 +112,8 @@ class Trainer:
     def _optimise(self, role: str, index: int) -> Logs:
         """Zero once, back-propagate every micro-batch, clip once, step once."""
         c = self.config
-        optimizer = self.optimizers[role]
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers[role]:
+            optimizer.zero_grad(set_to_none=True)
         with _grad_only_for(self.parameters, role):
             total: Logs = {}
             for micro in range(c.accumulate):
@@ -123,7 +134,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in owned if p.grad is not None])
         self._check(role, total, norm)  # before clipping spreads one bad gradient to all
         torch.nn.utils.clip_grads_with_norm_(owned, limit, norm)
-        optimizer.step()
+        for optimizer in self.optimizers[role]:
+            optimizer.step()
         total[f"{role}_norm"] = norm.detach()
         return total
 
@@ -156,7 +168,9 @@ class Trainer:
         return {
             "modules": {k: m.state_dict() for k, m in self.modules.items()},
             "ema": {k: m.state_dict() for k, m in self.ema.items()},
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+            "optimizers": {
+                k: [o.state_dict() for o in listed] for k, listed in self.optimizers.items()
+            },
             "update": self.update,
             "position": self.position,
         }
@@ -167,8 +181,9 @@ class Trainer:
             module.load_state_dict(state["modules"][name])
         for name, module in self.ema.items():
             module.load_state_dict(state["ema"][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        for name, listed in self.optimizers.items():
+            for optimizer, saved in zip(listed, state["optimizers"][name], strict=True):
+                optimizer.load_state_dict(saved)
         self.update, self.position = state["update"], state["position"]
 
 
@@ -185,3 +200,12 @@ class _grad_only_for:
     def __exit__(self, *_: object) -> None:
         for p in self.off:
             p.requires_grad_(True)
+
+
+def _matrices(
+    model: nn.Module, parameters: list[nn.Parameter]
+) -> tuple[list[nn.Parameter], list[dict[str, Any]]]:
+    """Weight matrices inside the blocks, for Muon, and a group of all other parameters."""
+    inside = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")]
+    numbers = {id(p) for p in inside}
+    return inside, [{"params": [p for p in parameters if id(p) not in numbers]}]

@@ -399,6 +399,9 @@ def test_training_with_a_frozen_encoder_changes_the_decoder_alone(tmp_path: Path
     assert "decoder.conv_out.weight" in changed
     assert all(name.startswith("decoder.") for name in changed)
     assert before.keys() == after.keys()
+    main([*flags.split(), "--device=cpu", f"--init={tmp_path}/before", "--blend=0"])
+    same = load_file(tmp_path / "after" / "model.safetensors")
+    assert all(torch.equal(same[name], before[name]) for name in before if "latents" not in name)
     with pytest.raises(SystemExit):
         main([*flags.split(), "--freeze-encoder"])
 

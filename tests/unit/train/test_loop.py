@@ -187,10 +187,10 @@ def test_only_the_role_that_steps_gets_gradients_and_moves() -> None:
 def test_roles_have_learning_rates_of_their_own() -> None:
     run = trainer(Linear(critic_updates=1), lr=0.01, critic_lr=0.02, heads_lr=0.03,
                   critic_betas=(0.0, 0.9))  # fmt: skip
-    groups = run.optimizers["critic"].param_groups
+    groups = run.optimizers["critic"][0].param_groups
     assert [g["lr"] for g in groups] == [0.02, 0.03]
     assert [g["betas"] for g in groups] == [(0.0, 0.9)] * 2
-    assert [g["lr"] for g in run.optimizers["generator"].param_groups] == [0.01]
+    assert [g["lr"] for g in run.optimizers["generator"][0].param_groups] == [0.01]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -236,7 +236,7 @@ def test_the_learning_rate_ramps_up_and_falls_as_a_cosine() -> None:
     assert run.rate() == pytest.approx(0.1)
     run.update = 10
     run.step()
-    assert run.optimizers["generator"].param_groups[0]["lr"] == pytest.approx(0.01 * 11 / 20)
+    assert run.optimizers["generator"][0].param_groups[0]["lr"] == pytest.approx(0.01 * 11 / 20)
     constant = trainer(Linear(), warmup=0)
     constant.update = 77
     assert constant.rate() == 1.0
