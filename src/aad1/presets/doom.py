@@ -30,7 +30,7 @@ MODEL = WanConfig(
     freq_dim=128,
     ffn_dim=768,
     num_layers=10,
-    rope_theta=100.0,
+    rope_theta=10.0,
     prediction="x0",
 )
 
@@ -50,7 +50,13 @@ def experiments() -> dict[str, Experiment]:
             clips=1024, steps=24, guidance_scale=1.5, from_image=True, batch=64
         ),
         optim=OptimConfig(
-            updates=12000, batch=64, lr=1e-3, warmup=300, schedule="cosine", ema=0.999
+            updates=12000,
+            batch=64,
+            optimizer="muon",
+            lr=2e-3,
+            warmup=200,
+            schedule="cosine",
+            ema=0.999,
         ),
         monitor=MonitorConfig(every=10, clips=64),
         checkpoint_every=2000,

@@ -53,33 +53,43 @@ def _model(width: int, layers: int, patch: int) -> WanConfig:
         freq_dim=128,
         ffn_dim=4 * width,
         num_layers=layers,
-        rope_theta=100.0,
+        rope_theta=4.0,
         prediction="x0",
     )
 
 
+# One shape on a smooth texture: what two CPU cores can learn in minutes.
+_EASY = SpritesConfig(size=32, frames=9, num_sprites=1, texture_frequency=0.5, texture_contrast=0.7)
+
 TINY = Scale(
     prefix="sprites-tiny",
-    data=SpritesData(world=SpritesConfig(size=32, frames=9), stride=4),
+    data=SpritesData(world=_EASY, stride=4),
     model=_model(128, 4, 2),
     taps=(1, 3),
-    trajectories=TrajectoryConfig(clips=256, steps=12, guidance_scale=1.0),
-    teacher=OptimConfig(updates=900, batch=16, lr=1e-3, warmup=50, ema=0.99, schedule="cosine"),
-    ode=OptimConfig(updates=150, batch=16, lr=3e-4, ema=0.97, schedule="cosine"),
-    dmd=OptimConfig(updates=40, batch=16, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9),
-    aad=OptimConfig(
-        updates=40, batch=16, lr=3e-5, critic_lr=1e-4, heads_lr=2e-4, betas=(0.0, 0.99),
-        warmup=20, ema=0.95,
+    trajectories=TrajectoryConfig(
+        clips=192, steps=12, guidance_scale=1.0, from_image=True, batch=32
     ),
-    adversarial=AdversarialConfig(critic_warmup=20, penalty_weight=1000.0),
-    monitor=MonitorConfig(every=20, clips=32),
+    teacher=OptimConfig(
+        updates=700, batch=8, optimizer="muon", lr=3e-3, warmup=30, ema=0.98, schedule="cosine"
+    ),
+    ode=OptimConfig(updates=80, batch=8, lr=3e-4, ema=0.9, schedule="cosine"),
+    dmd=OptimConfig(updates=30, batch=8, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9),
+    aad=OptimConfig(
+        updates=20, batch=8, lr=1e-5, critic_lr=5e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+        warmup=10, ema=0.9,
+    ),
+    adversarial=AdversarialConfig(critic_warmup=10, penalty_weight=1000.0),
+    monitor=MonitorConfig(every=10, clips=64),
 )  # fmt: skip
 
 SMALL = replace(
     TINY,
     prefix="sprites",
-    data=SpritesData(world=SpritesConfig(size=64, frames=21), stride=8),
-    model=_model(128, 4, 1),
+    data=SpritesData(world=replace(_EASY, frames=13), stride=4),
+    teacher=replace(TINY.teacher, updates=1500),
+    trajectories=replace(TINY.trajectories, clips=384, steps=16),
+    ode=replace(TINY.ode, updates=150),
+    aad=replace(TINY.aad, updates=40),
 )
 
 GPU = replace(
@@ -88,8 +98,10 @@ GPU = replace(
     data=SpritesData(world=SpritesConfig(size=64, frames=21), stride=8),
     model=_model(256, 8, 1),
     taps=(3, 5, 7),
-    trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5),
-    teacher=OptimConfig(updates=12000, batch=64, lr=1.2e-3, warmup=500, schedule="cosine"),
+    trajectories=TrajectoryConfig(clips=1024, steps=24, guidance_scale=1.5, from_image=True),
+    teacher=OptimConfig(
+        updates=6000, batch=64, optimizer="muon", lr=2e-3, warmup=200, ema=0.999, schedule="cosine"
+    ),
     ode=OptimConfig(updates=400, batch=32, lr=3e-4, schedule="cosine", ema=0.97),
     dmd=OptimConfig(updates=30, batch=32, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9),
     aad=OptimConfig(
@@ -104,8 +116,9 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     """teacher, ode, dmd, aad and the paper's ablations at one size."""
     p, out = scale.prefix, Path("out")
     teacher = Experiment(
-        name=f"{p}-teacher", stage=PretrainConfig(max_weight=10.0), data=scale.data,
-        model=scale.model, optim=scale.teacher, trajectories=scale.trajectories,
+        name=f"{p}-teacher",
+        stage=PretrainConfig(max_weight=10.0, shift=5.0, image_share=0.5),
+        data=scale.data, model=scale.model, optim=scale.teacher, trajectories=scale.trajectories,
         monitor=scale.monitor,
         discriminator=DiscriminatorConfig(taps=scale.taps), compile=scale.compile,
     )  # fmt: skip

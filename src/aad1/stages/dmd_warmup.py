@@ -80,13 +80,11 @@ class DmdWarmup:
         """The normalised DMD gradient at a clip x [B, C, F, H, W] (Eq. of stage II)."""
         tau = self.tau(len(x), x, rng)
         x_tau = add_noise(x, randn(x.shape, x, rng), tau)
-        null = self.conditioner.null(text)
         fake = self.fake_score(x_tau, tau, text)
-        real = guide(
-            self.real_score(x_tau, tau, text),
-            self.real_score(x_tau, tau, null),
-            self.config.guidance_scale,
-        )
+        real = self.real_score(x_tau, tau, text)
+        if self.config.guidance_scale != 1:
+            null = self.real_score(x_tau, tau, self.conditioner.null(text))
+            real = guide(real, null, self.config.guidance_scale)
         return dmd_direction(
             x, x0_from_velocity(x_tau, real, tau), x0_from_velocity(x_tau, fake, tau)
         )

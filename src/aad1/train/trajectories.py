@@ -32,7 +32,8 @@ def trajectories(
     """Trajectories [N, len(sigmas) + 1, C, F, h, w] (float16) and their captions.
 
     Prompts are those of the source's first clips, and so is the first frame if config.from_image
-    (otherwise the teacher draws its own). Written one file a batch, named by what made it, so an interrupted run goes on.
+    (otherwise the teacher draws its own). Written one file a batch, named by what made it, so an
+    interrupted run goes on.
     """
     device = teacher.device
     parts, captions = [], []
