@@ -14,8 +14,8 @@ PYTEST_WORKERS ?= 2
 
 # The demo, any part of which can be named on the command line.
 MODEL ?= sprites
-IMAGE ?= src/aad1/packaged/$(MODEL)/frame.png
-PROMPT ?= the red disc moves right
+IMAGE ?= src/aad1/packaged/$(MODEL)_frames/00.png
+PROMPT ?= white circle moves down fast; camera pans right
 CHUNKS ?= 20
 SEED ?= 0
 OUT ?= out/demo.mp4

@@ -20,14 +20,14 @@ from aad1.errors import UserError
 class Generate:
     """Turn one image and a prompt into a video, chunk by chunk, one pass each.
 
-    Example: aad1 generate --model doom --image frame.png --prompt "turn left" --out out.mp4
+    Example: aad1 generate --model sprites --image frame.png --prompt "red circle moves left"
     """
 
     image: Path
     """Picture to continue (png, jpg, ...); resized and centre-cropped to the model's size."""
     prompt: str = ""
     """What should happen; the model's words are listed if it knows some of yours not."""
-    model: str = "doom"
+    model: str = "sprites"
     """Packaged name, folder, or hub id."""
     out: Path = Path("out.mp4")
     """.mp4, .gif, or .png (a contact sheet)."""
@@ -119,8 +119,7 @@ def generate(args: Generate) -> None:
     import torch
 
     from aad1.media import check_video_path, write_video
-    from aad1.pipeline import Pipeline
-    from aad1.train.run import pick_device
+    from aad1.pipeline import Pipeline, pick_device
 
     if args.chunks < 1:
         raise UserError(f"--chunks must be at least 1, got {args.chunks}")
@@ -195,8 +194,8 @@ def data(args: Data) -> None:
 
 
 def encode(args: Encode) -> None:
+    from aad1.pipeline import pick_device
     from aad1.train.encode import encode_shards
-    from aad1.train.run import pick_device
 
     encode_shards(args.data, args.codec, args.out, pick_device(args.device), args.batch)
 

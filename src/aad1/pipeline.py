@@ -66,6 +66,21 @@ class ModelInfo:
             raise UserError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
 
 
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps -> device; UserError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device must be auto, cpu, cuda or mps, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but no CUDA device is available")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but it is not available")
+    return torch.device(name)
+
+
 def weights_hash(model: torch.nn.Module) -> str:
     """sha256 over names and float32 values of all weights, in name order."""
     digest = hashlib.sha256()
@@ -85,10 +100,12 @@ def find_model(name: str | Path) -> Path:
 
     UserError suggests the nearest packaged name.
     """
-    if Path(name).is_dir():
+    if (Path(name) / INDEX).exists():
         return Path(name)
     if str(name) in packaged_models():
         return PACKAGED / str(name)
+    if Path(name).is_dir():
+        return Path(name)  # whoever opens it says what is missing
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "out/")):
         return _from_hub(str(name))
     near = difflib.get_close_matches(str(name), packaged_models(), n=1)

@@ -95,7 +95,7 @@ def temporal_features(videos: Tensor, predictability: Tensor | None = None) -> T
     parts = _parts(videos)
     shares = predictability.split(parts[0].shape[0])
     features = [_temporal_of(part, share) for part, share in zip(parts, shares, strict=True)]
-    return torch.cat(features).double().cpu()
+    return torch.cat(features).cpu().double()
 
 
 def _parts(videos: Tensor) -> tuple[Tensor, ...]:

@@ -203,7 +203,7 @@ def motion(videos: Tensor, *, stride: int = 1) -> Motion:
         last = now == frames - 1
         energy = _foretold(light, grey(videos[some, (now + 1).clamp(max=frames - 1)]), -back)
         energy = energy * ~last[:, None].to(energy.device)
-        sums.append(torch.cat([length[:, None], onward, energy], dim=1).double().cpu())
+        sums.append(torch.cat([length[:, None], onward, energy], dim=1).cpu().double())
     table = torch.cat(sums).view(number, len(measured), -1)
     late = measured >= frames - quarter(frames)
     energy = table[..., 3:].sum(dim=1)

@@ -40,7 +40,7 @@ def nss_features(frames: Tensor) -> Tensor:
     image = frames[:, None]
     fine = _of_scale(image)
     coarse = _of_scale(F.avg_pool2d(image, 2))
-    return torch.cat([fine, coarse], dim=1).double().cpu()
+    return torch.cat([fine, coarse], dim=1).cpu().double()
 
 
 def log_laplacian(frames: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 from aad1.core import chunks as plans
 from aad1.core.chunks import Group, Plan
 from aad1.core.flow import per_frame
-from aad1.core.kv_cache import KV
+from aad1.core.kv_cache import KV, frames_of
 from aad1.core.rope import rope_table, rotate
 from aad1.errors import UserError
 
@@ -156,20 +156,6 @@ def attend(q_BLND: torch.Tensor, k_BLND: torch.Tensor, v_BLND: torch.Tensor) -> 
     return out.transpose(1, 2)
 
 
-def _frames(x: torch.Tensor, index: tuple[int, ...]) -> torch.Tensor:
-    """Frames `index` of x [B, F, ...]; views where they are contiguous."""
-    if index == tuple(range(x.shape[1])):
-        return x
-    runs: list[list[int]] = []
-    for i in index:
-        if runs and runs[-1][1] == i:
-            runs[-1][1] = i + 1
-        else:
-            runs.append([i, i + 1])
-    parts = [x[:, a:b] for a, b in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
 Table = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -212,9 +198,9 @@ def planned_attention(
     pieces: list[tuple[tuple[int, ...], torch.Tensor]] = []
     for part in wiring:
         groups = part.groups
-        q = torch.cat([_frames(q_BFLND, g.queries) for g in groups])
-        k = torch.cat([_frames(k_all, g.keys) for g in groups])
-        v = torch.cat([_frames(v_all, g.keys) for g in groups])
+        q = torch.cat([frames_of(q_BFLND, g.queries) for g in groups])
+        k = torch.cat([frames_of(k_all, g.keys) for g in groups])
+        v = torch.cat([frames_of(v_all, g.keys) for g in groups])
         q, k = rotate(q, part.query_table), rotate(k, part.key_table)
         out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
         out = out.unflatten(1, (len(groups[0].queries), -1))

@@ -44,12 +44,14 @@ class GraphedRollout:
         noise: torch.Tensor,
         exit_step: int | None = None,
     ) -> Recorded:
-        name = (id(rollout.model), image.shape, text.shape, noise.shape, exit_step)
+        shapes = (image.shape, text.shape, noise.shape)
+        name = (id(rollout.model), rollout.geometry, rollout.sigmas, shapes, exit_step)
         if name not in self._graphs:
             self._graphs[name] = self._capture(rollout, image, text, noise, exit_step)
         graph, inputs, recorded = self._graphs[name]
-        for static, value in zip(inputs, (image, text, noise), strict=True):
-            static.copy_(value)
+        with torch.no_grad():
+            for static, value in zip(inputs, (image, text, noise), strict=True):
+                static.copy_(value)
         graph.replay()
         return recorded
 

@@ -100,9 +100,8 @@ class Rollout:
     def commit(self, state: State, x0: torch.Tensor, text: torch.Tensor) -> State:
         """The state after a clean chunk: its K/V in the cache, what fell out of sight dropped."""
         new = self.cache_pass(state, x0, text)
-        return State(
-            state.chunk + 1, state.start + x0.shape[2], state.cache.append(new, self.geometry)
-        )
+        cache = state.cache.append(new, self.geometry, state.start)
+        return State(state.chunk + 1, state.start + x0.shape[2], cache)
 
     @torch.no_grad()  # as a decorator: a `with` here would leak into the consumer at each yield
     def stream(
@@ -204,7 +203,8 @@ def record(
         if i < total - 1:
             new = rollout.cache_pass(state, x0, context)
             kvs.append(new)
-            state = State(i + 1, geometry.start(i + 1), state.cache.append(new, geometry))
+            cache = state.cache.append(new, geometry, state.start)
+            state = State(i + 1, geometry.start(i + 1), cache)
     past = tuple(
         (torch.cat([kv[n][0] for kv in kvs], 1), torch.cat([kv[n][1] for kv in kvs], 1))
         for n in range(len(kvs[0]))

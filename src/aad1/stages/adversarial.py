@@ -85,6 +85,13 @@ class Adversarial:
         self.conditioner, self.config = conditioner, config
         self.critic_updates = config.critic_updates
         self.self_rollout = SelfRollout(rollout, run)
+        for step in range(len(rollout.sigmas)):
+            low, high = self.interval(step)
+            if low >= high:
+                raise UserError(
+                    f"min_sigma {config.min_sigma} and max_sigma {config.max_sigma} leave no noise "
+                    f"levels for step {step} of {rollout.sigmas}"
+                )
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
         return {
@@ -101,7 +108,7 @@ class Adversarial:
         """
         sigmas = (*self.rollout.sigmas, 0.0)
         low = max(sigmas[step + 1], self.config.min_sigma)
-        return low, max(low, min(sigmas[step], self.config.max_sigma))
+        return low, min(sigmas[step], self.config.max_sigma)
 
     def _tau(self, n: int, step: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         low, high = self.interval(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from aad1.core.chunks import ChunkGeometry
@@ -54,6 +55,11 @@ class TrajectoryConfig:
     """Start from real first frames, for a teacher that was trained with clean first frames among
     others (`stage.image_share`); otherwise the teacher draws its own, as Wan T2V does."""
     batch: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trajectories.{name} must be at least 1: {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +119,13 @@ class MonitorConfig:
     fall: float = 0.8
     patience: int = 3
 
+    def __post_init__(self) -> None:
+        if self.clips < 1 or self.every < 0 or self.patience < 1 or not 0 < self.fall < 1:
+            raise UserError(
+                "monitor needs clips >= 1, every >= 0, patience >= 1 and 0 < fall < 1, got "
+                f"{self.clips}, {self.every}, {self.patience}, {self.fall}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -150,6 +163,17 @@ class Experiment:
     checkpoint_every: int = 500
     max_minutes: float = 0.0
     """Stop (with a checkpoint) after so many minutes; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("sample_every", "max_minutes"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        s = self.sigmas
+        if not s or s[0] != 1 or s[-1] <= 0 or any(a <= b for a, b in pairwise(s)):
+            raise UserError(f"sigmas must start at 1 and fall towards 0, got {s}")
 
     @property
     def folder(self) -> Path:

@@ -29,8 +29,8 @@ FLOW_STRIDE = 2
 class CollapseMonitor:
     """Decides from the history of M whether the generator's motion has collapsed.
 
-    M above 1 counts as 1: more motion than real is no better. A *fall* is a check below
-    `config.fall` of the best so far; `config.patience` falls in a row mean collapse.
+    The best M is the one nearest to 1 on a ratio scale. A *fall* is a check whose motion, capped at
+    real motion, is below `config.fall` of it; `config.patience` falls in a row mean collapse.
     """
 
     config: MonitorConfig
@@ -44,10 +44,12 @@ class CollapseMonitor:
     def check(self, update: int, m: float, model: nn.Module) -> None:
         """Record M at an update, and keep the model's weights if none had a better M."""
         self.history.append([update, m])
-        capped = min(m, 1.0)
-        self.falls = self.falls + 1 if capped < self.config.fall * self.best else 0
-        if capped >= self.best:
-            self.best = capped
+        self.falls = self.falls + 1 if min(m, 1.0) < self.config.fall * self.best else 0
+        # A generator that has barely moved from a noisy start may flicker at M far above 1: as a
+        # choice of weights, twice the motion is as far from real as half of it.
+        near = min(m, 1.0 / max(m, 1e-6))
+        if near >= self.best:
+            self.best = near
             if self.config.early_stop:
                 weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 self.kept = {"update": update, "weights": weights}

@@ -6,18 +6,19 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from aad1.atomic import replace_file
+from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import Block, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
-from aad1.pipeline import ModelInfo, Pipeline, weights_hash
+from aad1.pipeline import ModelInfo, Pipeline, pick_device, weights_hash
 from aad1.rollout.graph import GraphedRollout
 from aad1.rollout.stream import Rollout
 from aad1.rollout.teacher import sample
@@ -43,21 +44,6 @@ STAGE_NAMES = {
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or mps -> device; UserError if it is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device must be auto, cpu, cuda or mps, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but no CUDA device is available")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps was asked for, but it is not available")
-    return torch.device(name)
-
-
 class Run:
     """A training run: `Run(experiment).train()` returns the folder of the final model."""
 
@@ -69,6 +55,7 @@ class Run:
         self.bf16 = e.precision == "bf16" or (e.precision == "auto" and self.device.type == "cuda")
         self.folder = e.folder
         self.stage_name = STAGE_NAMES[type(e.stage)]
+        self._ended = ""
         torch.manual_seed(e.seed)
         self.world: World = open_world(e.data, e.seed, self.device)
         self.teacher: Pipeline | None = None
@@ -145,8 +132,7 @@ class Run:
         e = self.experiment
         self.folder.mkdir(parents=True, exist_ok=True)
         if e.compile:
-            torch._dynamo.config.recompile_limit = 64
-            Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
+            _compile_blocks()
         with RunLog(self.folder, e.name, e.optim.updates) as log:
             return self._train(log)
 
@@ -163,8 +149,11 @@ class Run:
         monitor = CollapseMonitor(e.monitor)
         before = self._resume(trainer, monitor, log)
         write_record(e, self.folder / "config.yaml")
-        if trainer.update >= e.optim.updates and final.is_dir():
-            log.say(f"{e.name} had ended at update {trainer.update}; model in {final}")
+        if self._ended and final.is_dir():
+            log.say(
+                f"{e.name} has ended ({self._ended}); model in {final}. To train on, remove "
+                f"{self.folder} or choose another --name"
+            )
             return final
         validation = Validation(self.world, e.monitor.clips)
         began = time.monotonic() - before
@@ -195,14 +184,15 @@ class Run:
             if trainer.spent >= 1:
                 reason = f"max_minutes at update {update}"
                 break
-        self._checkpoint(trainer, monitor, time.monotonic() - began)
-        if e.monitor.early_stop and monitor.fallen and monitor.kept:
+        self._checkpoint(trainer, monitor, time.monotonic() - began, ended=reason)
+        if e.monitor.early_stop and monitor.collapsed and monitor.kept:
             trainer.ema["generator"].load_state_dict(monitor.kept["weights"])
             trainer.update = monitor.kept["update"]  # the model says how long it was trained
             reason += f", weights of update {trainer.update} (M {monitor.best:.2f}) kept"
         made = self._sheet(validation, trainer, trainer.update)
         log.values(trainer.update, validation.measure(made), "final")
-        self.pipeline(trainer).save_pretrained(final)
+        with replace_folder(final) as temporary:
+            self.pipeline(trainer).save_pretrained(temporary)
         log.say(f"{e.name} ended at {reason}; model in {final}")
         return final
 
@@ -215,8 +205,17 @@ class Run:
         """What must not change when a run continues."""
         plain = to_plain(self.experiment)
         keep = ("stage", "data", "model", "geometry", "sigmas", "discriminator", "seed")
-        parent = self.parent.sha256 if self.parent else ""
-        return {"kind": self.stage_name, "parent": parent, **{k: plain[k] for k in keep}}
+        return {
+            "kind": self.stage_name,
+            "parent": self.parent.sha256 if self.parent else "",
+            "teacher": self.teacher.info.sha256 if self.teacher else "",
+            **{k: plain[k] for k in keep},
+        }
+
+    @property
+    def _limits(self) -> list[float]:
+        """What ends the run."""
+        return [self.experiment.optim.updates, self.experiment.max_minutes]
 
     def _resume(self, trainer: Trainer, monitor: CollapseMonitor, log: RunLog) -> float:
         """Continue from the newest checkpoint if there is one; returns seconds trained before."""
@@ -232,12 +231,20 @@ class Run:
                 )
         trainer.restore(state["trainer"])
         monitor.restore(state["monitor"])
-        log.say(f"continuing from {found[-1]}")
+        # With other limits than before the run is meant to go on.
+        if meta["ended"] and meta["limits"] == self._limits:
+            self._ended = str(meta["ended"])
+        else:
+            log.say(f"continuing from {found[-1]}")
         return float(meta["seconds"])
 
-    def _checkpoint(self, trainer: Trainer, monitor: CollapseMonitor, seconds: float) -> None:
+    def _checkpoint(
+        self, trainer: Trainer, monitor: CollapseMonitor, seconds: float, ended: str = ""
+    ) -> None:
         meta = {
             **self._identity(),
+            "ended": ended,
+            "limits": self._limits,
             "seconds": round(seconds, 2),
             "hash": weights_hash(trainer.modules["generator"]),
         }
@@ -297,8 +304,15 @@ class Run:
         return made
 
 
+@lru_cache(maxsize=1)
+def _compile_blocks() -> None:
+    """Compile the transformer block for this process, once for all networks that use it."""
+    torch._dynamo.config.recompile_limit = 64
+    Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
+
+
 class _Means:
-    """Means of logged tensors since they were last taken; no wait for the device in between."""
+    """Means of logged tensors since they were last taken."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}

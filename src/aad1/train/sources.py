@@ -13,6 +13,7 @@ import torch
 from aad1.data.shards import ClipShards
 from aad1.errors import UserError
 from aad1.models.codec import Codec, PixelCodec, load_codec
+from aad1.models.text import vocabulary
 from aad1.stages.base import Batch
 from aad1.train.config import DataConfig, LatentData, SpritesData
 from aad1.worlds import sprites
@@ -129,8 +130,7 @@ class LatentWorld(World):
         height, width = self._train.clip_shape[2:]
         stride = self.codec.spatial_stride
         self.size = (height * stride, width * stride)
-        captions = {c for clip in self._train.captions for c in clip}
-        self.words = tuple(sorted({w for c in captions for w in c.lower().split()}))
+        self.words = vocabulary({c for clip in self._train.captions for c in clip})
 
     def train(self) -> Source:
         return ShardSource(self._train.read_tensors(), self._train.captions, self.seed, self.device)
@@ -154,5 +154,7 @@ def open_world(data: DataConfig, seed: int, device: torch.device) -> World:
         return SpritesWorld(data, seed, device)
     for folder in (data.train, data.heldout):
         if not Path(folder).is_dir():
-            raise UserError(f"{folder} does not exist: run `aad1 data {data.name}` first")
+            raise UserError(
+                f"{folder} does not exist: record with `aad1 data {data.name}`, then `aad1 encode`"
+            )
     return LatentWorld(data, seed, device)

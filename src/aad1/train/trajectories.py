@@ -42,7 +42,8 @@ def trajectories(
         count = min(config.batch, config.clips - start)
         batch = source.batch(start, count)
         captions += batch.captions
-        name = key(identity, batch.captions) % 10**12
+        first = batch.latents[:, :, :1].sum(dim=(1, 2, 3, 4)).tolist() if config.from_image else []
+        name = key(identity, batch.captions, first) % 10**12
         path = folder / f"trajectories-{name:012d}-{number:04d}.safetensors"
         if not path.exists():
             rng = torch.Generator(device=device).manual_seed(key("trajectory", identity, number))

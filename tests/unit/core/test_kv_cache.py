@@ -23,7 +23,7 @@ def fill(geometry: ChunkGeometry, chunks: int) -> list[KVCache]:
     cache, out = KVCache(), []
     for i in range(chunks):
         start = geometry.start(i)
-        cache = cache.append(new(range(start, start + geometry.size(i))), geometry)
+        cache = cache.append(new(range(start, start + geometry.size(i))), geometry, start)
         out.append(cache)
     return out
 
@@ -60,8 +60,8 @@ def test_older_states_stay_as_they_were() -> None:
     geometry = ChunkGeometry()
     states = fill(geometry, 4)
     before = [k.clone() for k, _ in states[1].layers]
-    a = states[1].append(new(range(5, 9)), geometry)
-    b = states[1].append(tuple((k + 0.5, v) for k, v in new(range(5, 9))), geometry)
+    a = states[1].append(new(range(5, 9)), geometry, 5)
+    b = states[1].append(tuple((k + 0.5, v) for k, v in new(range(5, 9))), geometry, 5)
     assert a.frames == b.frames == states[2].frames
     assert not torch.equal(a.layers[0][0], b.layers[0][0])
     for (k, _), old in zip(states[1].layers, before, strict=True):
@@ -71,11 +71,11 @@ def test_older_states_stay_as_they_were() -> None:
 def test_gradients_pass_through_what_is_kept() -> None:
     geometry = ChunkGeometry()
     k = torch.zeros(1, 1, 1, 1, 2, requires_grad=True)
-    cache = KVCache().append(((k, k),), geometry)
+    cache = KVCache().append(((k, k),), geometry, 0)
     for i in range(1, 6):
         start = geometry.start(i)
         extra = torch.zeros(1, 4, 1, 1, 2)
-        cache = cache.append(((extra, extra),), geometry)
+        cache = cache.append(((extra, extra),), geometry, start)
         assert cache.frames[-1] == start + 3
     cache.layers[0][0].sum().backward()
     assert k.grad is not None

@@ -51,7 +51,9 @@ def cached_velocities(model: WanTransformer, x: torch.Tensor, text: torch.Tensor
         plan = plans.cached(geometry, cache.frames, start, size)
         past = cache.layers or None
         out.append(model(part, level, text, plan=plan, past=past))
-        cache = cache.append(model.keys_values(part, level, text, plan=plan, past=past), geometry)
+        cache = cache.append(
+            model.keys_values(part, level, text, plan=plan, past=past), geometry, start
+        )
     return torch.cat(out, 2)
 
 

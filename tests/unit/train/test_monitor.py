@@ -41,13 +41,16 @@ def test_a_recovery_starts_the_count_anew() -> None:
     assert collapsed == [False] * 6 + [True]
 
 
-def test_motion_above_one_counts_as_one() -> None:
-    """A wild start (M = 3) must not make a healthy M = 0.9 look like a fall."""
+def test_motion_above_one_is_no_better_than_below() -> None:
+    """A wild start (M = 3) must not make a healthy M = 0.9 look like a fall, nor be kept."""
     monitor, fallen, collapsed = follow([3.0, 0.9, 0.85, 0.81])
-    assert monitor.best == 1.0
+    assert monitor.best == 0.9
+    assert monitor.kept is not None
+    assert monitor.kept["update"] == 1
     assert not any(fallen)
     assert not any(collapsed)
-    assert follow([3.0, 0.79])[1] == [False, True]
+    assert follow([3.0, 0.9, 0.7])[1] == [False, False, True]
+    assert follow([1.0, 2.0, 2.0, 2.0])[1] == [False] * 4  # too much motion is no collapse
 
 
 def test_the_bound_is_a_share_of_the_best_so_far() -> None:
@@ -59,7 +62,7 @@ def test_the_bound_is_a_share_of_the_best_so_far() -> None:
 
 
 def test_the_weights_of_the_best_motion_are_kept_the_latest_of_equals() -> None:
-    monitor, _, _ = follow([1.2, 0.95, 1.1, 0.99])
+    monitor, _, _ = follow([1.2, 0.95, 0.95, 1.1])
     assert monitor.kept is not None
     assert monitor.kept["update"] == 2
     assert float(monitor.kept["weights"]["weight"]) == 2.0

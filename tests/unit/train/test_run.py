@@ -225,6 +225,8 @@ def test_a_time_limit_leaves_a_checkpoint_to_go_on_from(chain: Path, tmp_path: P
     facts = json.loads((Run(replace(e, max_minutes=1e-9)).train() / INDEX).read_text())
     assert facts["updates"] == 1
     assert [p.name for p in checkpoint.steps(e.folder)] == ["step-000001"]
+    again = Run(replace(e, max_minutes=1e-9)).train()  # the same command: it has ended
+    assert json.loads((again / INDEX).read_text()) == facts
     assert json.loads((Run(e).train() / INDEX).read_text())["updates"] == 2
 
 

@@ -126,5 +126,5 @@ def test_a_latent_world_names_what_it_lacks(latent_data: LatentData, tmp_path: P
     with pytest.raises(UserError, match="5 latent frames, not 9"):
         world.heldout(1, frames=9)
     gone = LatentData(train=tmp_path / "none", heldout=latent_data.heldout, codec=latent_data.codec)
-    with pytest.raises(UserError, match="none does not exist: run `aad1 data doom`"):
+    with pytest.raises(UserError, match="none does not exist: record with `aad1 data doom`"):
         open_world(gone, 0, CPU)
