@@ -70,10 +70,10 @@ TINY = Scale(
         clips=192, steps=12, guidance_scale=1.0, from_image=True, batch=32
     ),
     teacher=OptimConfig(
-        updates=800, batch=8, optimizer="muon", lr=3e-3, warmup=30, ema=0.98, schedule="cosine"
+        updates=600, batch=8, optimizer="muon", lr=3e-3, warmup=30, ema=0.98, schedule="cosine"
     ),
     ode=OptimConfig(updates=80, batch=8, lr=3e-4, ema=0.9, schedule="cosine"),
-    dmd=OptimConfig(updates=60, batch=8, lr=2e-4, critic_lr=4e-4, betas=(0.0, 0.99), ema=0.9),
+    dmd=OptimConfig(updates=40, batch=8, lr=2e-4, critic_lr=4e-4, betas=(0.0, 0.99), ema=0.9),
     aad=OptimConfig(
         updates=20, batch=8, lr=1e-5, critic_lr=5e-5, heads_lr=1e-4, betas=(0.0, 0.99),
         warmup=10, ema=0.9,
