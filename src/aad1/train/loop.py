@@ -96,7 +96,10 @@ class Trainer:
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
 
     def step(self) -> Logs:
-        """One update: critic steps, the generator step, the averages; returns mean logs."""
+        """One update: critic steps, the generator step, the averages.
+
+        Returns the logs of the last critic step and of the generator step.
+        """
         logs: Logs = {}
         extra = self.critic_warmup if self.update == 0 else 0
         for i in range(self.stage.critic_updates + extra):
