@@ -1,29 +1,14 @@
 """A whole training rollout as one CUDA graph: small models are bound by kernel launches.
 
-A rollout of 5 chunks is some thousand small kernels; replaying them as a graph takes a fraction
-of the time of launching each from Python. Weights are read at replay, so optimiser steps count.
+A rollout of 5 chunks is some thousand small kernels, each launched from Python; a graph launches
+them all at once. Weights are read at replay, so optimiser steps count.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-from aad1.rollout.stream import Recorded, Rollout
-
-
-class RolloutCall(Protocol):
-    """(rollout, image, text, noise, exit_step) -> Recorded."""
-
-    def __call__(
-        self,
-        rollout: Rollout,
-        image: torch.Tensor,
-        text: torch.Tensor,
-        noise: torch.Tensor,
-        exit_step: int | None = None,
-    ) -> Recorded: ...
+from aad1.rollout.stream import Recorded, Rollout, RolloutFn
 
 
 class GraphedRollout:
@@ -32,7 +17,7 @@ class GraphedRollout:
     The recorded clip is overwritten by the next call: use it before, or clone what must stay.
     """
 
-    def __init__(self, run: RolloutCall) -> None:
+    def __init__(self, run: RolloutFn) -> None:
         self.run = run
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Recorded]] = {}
 

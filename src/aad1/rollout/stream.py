@@ -225,3 +225,7 @@ def replay(rollout: Rollout, recorded: Recorded, text: torch.Tensor) -> torch.Te
     level = torch.full((len(recorded.x_t),), recorded.sigma, device=recorded.x_t.device)
     v = rollout.model(recorded.x_t, level, text[:, geometry.first :], plan=plan, past=recorded.past)
     return x0_from_velocity(recorded.x_t, v, level)
+
+
+RolloutFn = Callable[[Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded]
+"""(rollout, image, text, noise [steps, B, C, F - first, H, W], exit step) -> recorded clip."""

@@ -18,12 +18,11 @@ from torch import nn
 from aad1.core.flow import add_noise
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator
-from aad1.rollout.stream import Rollout, replay
+from aad1.rollout.stream import Rollout, RolloutFn, replay
 from aad1.stages.base import (
     Batch,
     Conditioner,
     Loss,
-    RolloutFn,
     SelfRollout,
     randn,
     roll_out,

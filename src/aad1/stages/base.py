@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from aad1.core.chunks import ChunkGeometry
-from aad1.rollout.stream import Noise, Recorded, Rollout, record
+from aad1.rollout.stream import Noise, Recorded, Rollout, RolloutFn, record
 
 Logs = dict[str, torch.Tensor]
 Loss = tuple[torch.Tensor, Logs]
@@ -78,10 +77,6 @@ class Stage(Protocol):
     def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
 
     def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
-
-
-RolloutFn = Callable[[Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded]
-"""(rollout, image, text, noise [steps, B, C, F - first, H, W], exit step) -> recorded clip."""
 
 
 def noise_from(tensor: torch.Tensor, geometry: ChunkGeometry) -> Noise:

@@ -17,8 +17,8 @@ from torch import nn
 from aad1.core.flow import add_noise, capped_weight, guide, shift, velocity, x0_from_velocity
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
-from aad1.rollout.stream import Rollout, replay
-from aad1.stages.base import Batch, Conditioner, Loss, RolloutFn, SelfRollout, randn, roll_out
+from aad1.rollout.stream import Rollout, RolloutFn, replay
+from aad1.stages.base import Batch, Conditioner, Loss, SelfRollout, randn, roll_out
 from aad1.stages.base import uniform as uniform_like
 from aad1.stages.losses import dmd_direction, dmd_loss
 

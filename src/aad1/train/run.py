@@ -20,10 +20,10 @@ from aad1.models.dit import Block, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
 from aad1.pipeline import ModelInfo, Pipeline, pick_device, weights_hash
 from aad1.rollout.graph import GraphedRollout
-from aad1.rollout.stream import Rollout
+from aad1.rollout.stream import Rollout, RolloutFn
 from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
-from aad1.stages.base import Conditioner, RolloutFn, Stage, roll_out
+from aad1.stages.base import Conditioner, Stage, roll_out
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
