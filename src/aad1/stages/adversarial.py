@@ -163,3 +163,24 @@ class Adversarial:
             "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()).detach() / 2,
         }
         return loss + self.config.penalty_weight * penalty, logs
+
+    @torch.no_grad()
+    def heldout_gap(
+        self, real: torch.Tensor, fake: torch.Tensor, captions: list[list[str]]
+    ) -> torch.Tensor:
+        """Mean logit of real clips minus that of generated ones, both [B, C, F, H, W].
+
+        Neither may have been trained on. Five noise levels spread over the trained interval, the
+        same noise for both: a gap near 0 says that the discriminator has nothing to teach yet, a
+        large one that it wins on details (docs/log.md).
+        """
+        text = self.conditioner(captions, real.shape[2])
+        rng = torch.Generator(device=real.device).manual_seed(0)
+        gaps = []
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+            low, high = self.interval(len(self.rollout.sigmas) - 1)
+            tau = torch.full((len(real),), low + (high - low) * share, device=real.device)
+            noise = randn(real.shape, real, rng)
+            logits = [self.discriminator(add_noise(x, noise, tau), tau, text) for x in (real, fake)]
+            gaps.append(logits[0].mean() - logits[1].mean())
+        return torch.stack(gaps).mean()

@@ -12,6 +12,7 @@ from torch import nn
 
 from aad1.stages.base import Logs, Stage
 from aad1.train.config import OptimConfig
+from aad1.train.muon import Muon
 from aad1.train.sources import Source, key
 
 
@@ -59,11 +60,7 @@ class Trainer:
         out: dict[str, list[torch.optim.Optimizer]] = {"generator": []}
         if c.optimizer == "muon":
             matrices, groups = _matrices(self.modules["generator"], self.parameters["generator"])
-            out["generator"].append(
-                torch.optim.Muon(
-                    matrices, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            out["generator"].append(Muon(matrices, lr=c.lr, weight_decay=c.weight_decay))
         out["generator"].append(
             torch.optim.AdamW(
                 groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused

@@ -88,7 +88,7 @@ class Validation:
 
     @torch.no_grad()
     def rollouts(self, pipeline: Pipeline) -> torch.Tensor:
-        """uint8 [N, T, H, W, 3], as long as the real clips."""
+        """Latents [N, C, F, h, w] from the real clips' first frames, as long as those."""
         geometry = pipeline.info.geometry
         latents = self.batch.latents
         chunks = geometry.chunks(latents.shape[2]) - 1
@@ -97,10 +97,12 @@ class Validation:
             numbers = index.tolist()
             captions = [self.batch.captions[i] for i in numbers]
             first = latents[numbers][:, :, : geometry.first]
-            made.append(
-                self.codec.decode(pipeline.generate_latents(first, captions, numbers, chunks))
-            )
+            made.append(pipeline.generate_latents(first, captions, numbers, chunks))
         return torch.cat(made)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [N, C, F, h, w] -> uint8 [N, T, H, W, 3]."""
+        return torch.cat([self.codec.decode(part) for part in latents.split(32)])
 
     def measure(self, video: torch.Tensor) -> dict[str, float]:
         """M and late M of generated clips, and with enough clips FDtd and FDnss."""

@@ -168,8 +168,12 @@ class Run:
             if update % e.log_every == 0 or update == e.optim.updates:
                 log.values(update, sums.take())
             if self._watched and (update % e.monitor.every == 0 or update == 1):
-                made = self._rollouts(validation, self.pipeline(trainer))
-                values = validation.measure(made)
+                latents = self._rollouts(validation, self.pipeline(trainer))
+                values = validation.measure(validation.decode(latents))
+                if isinstance(stage, Adversarial):
+                    real = validation.batch
+                    gap = stage.heldout_gap(real.latents, latents, real.captions)
+                    values["heldout_gap"] = float(gap)
                 monitor.check(update, values["M"], trainer.ema["generator"])
                 log.values(update, values, "monitor")
                 if monitor.collapsed:
@@ -270,6 +274,7 @@ class Run:
         return Pipeline(model, self.world.codec, text, info)
 
     def _rollouts(self, validation: Validation, pipeline: Pipeline) -> torch.Tensor:
+        """Latents of what the model makes of the held-out first frames (or of none)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage_name != "teacher":
                 return validation.rollouts(pipeline)
@@ -285,13 +290,13 @@ class Run:
                 steps=t.steps, shift=t.shift, guidance_scale=t.guidance_scale,
                 image=latents[:, :, :1] if t.from_image else None,
             )  # fmt: skip
-            return self.world.codec.decode(x0)
+            return x0
 
     def _sheet(self, validation: Validation, trainer: Trainer, update: int) -> torch.Tensor:
         """Write real clips above generated ones, for the eye; returns the generated ones."""
         from aad1.media import contact_sheet
 
-        made = self._rollouts(validation, self.pipeline(trainer))
+        made = validation.decode(self._rollouts(validation, self.pipeline(trainer)))
         rows: list[Any] = []
         captions: list[str] = []
         for i in range(min(6, len(made))):
