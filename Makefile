@@ -13,10 +13,10 @@ PYTHON ?=
 PYTEST_WORKERS ?= 2
 
 # The demo, any part of which can be named on the command line.
-MODEL ?= sprites
-IMAGE ?= src/aad1/packaged/$(MODEL)_frames/00.png
-PROMPT ?= white circle moves down fast; camera pans right
-CHUNKS ?= 20
+MODEL ?= doom
+IMAGE ?= src/aad1/packaged/$(MODEL)_frames/01.png
+PROMPT ?= turn left
+CHUNKS ?= 10
 SEED ?= 0
 OUT ?= out/demo.mp4
 

@@ -2,14 +2,14 @@
 # The packaged doom model, from nothing: data, codec, teacher, stages I to III, export.
 # One GPU; needs the extra `doom` (ViZDoom). Every line continues where it was interrupted.
 set -euo pipefail
-CLIPS=${CLIPS:-6000} WORKERS=${WORKERS:-16} CODEC_MINUTES=${CODEC_MINUTES:-0} TEACHER_MINUTES=${TEACHER_MINUTES:-12}
+CLIPS=${CLIPS:-6000} WORKERS=${WORKERS:-16} CODEC_MINUTES=${CODEC_MINUTES:-0} TEACHER_MINUTES=${TEACHER_MINUTES:-9.5}
 aad1 data doom --split heldout --clips 256 --seed 1 --workers "$WORKERS" --out out/data/doom-heldout
 aad1 data doom --split train --clips "$CLIPS" --workers "$WORKERS" --out out/data/doom
 # CODEC_MINUTES=0 takes the packaged codec, which the next line trained (2.4 minutes) and docs/log.md tells how its decoder was tuned.
 if [ "$CODEC_MINUTES" != 0 ]; then
   python runs/train_codec.py --data out/data/doom --heldout out/data/doom-heldout --out out/doom-codec --minutes "$CODEC_MINUTES" --texture 0.15 --compile
 else
-  mkdir -p out && cp -rT src/aad1/packaged/doom_codec out/doom-codec
+  mkdir -p out && cp -rT src/aad1/packaged/doom/codec out/doom-codec
 fi
 aad1 encode out/data/doom-heldout --codec out/doom-codec --out out/data/doom-heldout-latents
 aad1 encode out/data/doom --codec out/doom-codec --out out/data/doom-latents

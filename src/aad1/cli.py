@@ -20,14 +20,14 @@ from aad1.errors import UserError
 class Generate:
     """Turn one image and a prompt into a video, chunk by chunk, one pass each.
 
-    Example: aad1 generate --model sprites --image frame.png --prompt "red circle moves left"
+    Example: aad1 generate --image frame.png --prompt "turn left"
     """
 
     image: Path
     """Picture to continue (png, jpg, ...); resized and centre-cropped to the model's size."""
     prompt: str = ""
     """What should happen; the model's words are listed if it knows some of yours not."""
-    model: str = "sprites"
+    model: str = "doom"
     """Packaged name, folder, or hub id."""
     out: Path = Path("out.mp4")
     """.mp4, .gif, or .png (a contact sheet)."""

@@ -76,15 +76,16 @@ def experiments() -> dict[str, Experiment]:
         stage=DmdConfig(guidance_scale=2.0, shift=3.0, max_weight=10.0),
         monitor=replace(student.monitor, early_stop=True),
         optim=OptimConfig(
-            updates=40, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
+            updates=80, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
         ),
     )  # fmt: skip
     aad = replace(
         student, name="doom-aad", init=out / "doom-dmd" / "final",
-        stage=AdversarialConfig(critic_warmup=30, penalty_weight=2000.0),
+        stage=AdversarialConfig(critic_warmup=30, penalty_weight=300.0),
+        monitor=replace(student.monitor, every=25), log_every=25,
         optim=OptimConfig(
-            updates=100, batch=64, lr=1e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
-            warmup=30, ema=0.95,
+            updates=250, batch=64, lr=2e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+            warmup=30, schedule="cosine", ema=0.98,
         ),
     )  # fmt: skip
     runs = [teacher, ode, dmd, aad]

@@ -419,7 +419,7 @@ def test_texture_tells_fine_grain_from_a_few_strong_edges_of_the_same_energy() -
 
 
 def test_packaged_doom_codec_keeps_the_packaged_frames_sharp() -> None:
-    codec = load_codec(PACKAGED / "doom_codec")
+    codec = load_codec(PACKAGED / "doom" / "codec")
     frames = [np.array(Image.open(path)) for path in sorted(PACKAGED.glob("doom_frames/*.png"))]
     captions = json.loads((PACKAGED / "doom_frames" / "captions.json").read_text())
     assert len(frames) == len(captions) >= 12

@@ -187,7 +187,7 @@ def scripted_motion(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def rollouts(self: Validation, pipeline: Pipeline) -> torch.Tensor:
         hashes.append(pipeline.info.sha256)
-        return self.video
+        return self.batch.latents
 
     monkeypatch.setattr(Validation, "rollouts", rollouts)
     monkeypatch.setattr(Validation, "measure", lambda self, video: {"M": next(values)})
