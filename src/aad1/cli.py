@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,31 +13,7 @@ import tyro
 
 from aad1 import __version__
 from aad1.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Turn one image and a prompt into a video, chunk by chunk, one pass each.
-
-    Example: aad1 generate --model sprites --image frame.png --prompt "red circle moves left"
-    """
-
-    image: Path
-    """Picture to continue (png, jpg, ...); resized and centre-cropped to the model's size."""
-    prompt: str = ""
-    """What should happen; the model's words are listed if it knows some of yours not."""
-    model: str = "sprites"
-    """Packaged name, folder, or hub id."""
-    out: Path = Path("out.mp4")
-    """.mp4, .gif, or .png (a contact sheet)."""
-    chunks: int = 5
-    """Chunks to make; one is 16 frames (1 second) with a Wan-strided codec, 4 on sprites."""
-    seed: int = 0
-    """Same seed, same video; the first n chunks do not depend on how many follow."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    scale: int = 0
-    """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
+from aad1.generate import Generate, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,47 +87,6 @@ Command = (
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
 )
-
-
-def generate(args: Generate) -> None:
-    """Stream to the output file at constant memory and print the speed."""
-    import torch
-
-    from aad1.media import check_video_path, write_video
-    from aad1.pipeline import Pipeline, pick_device
-
-    if args.chunks < 1:
-        raise UserError(f"--chunks must be at least 1, got {args.chunks}")
-    if args.scale < 0:
-        raise UserError(f"--scale must be at least 0, got {args.scale}")
-    check_video_path(args.out)
-    pipe = Pipeline.from_pretrained(args.model, device=pick_device(args.device))
-    stream = pipe.stream(args.image, args.prompt, seed=args.seed)
-    stream.chunks = args.chunks
-    frames = 0
-    began = time.perf_counter()
-    busy = 0.0
-
-    def parts() -> Any:
-        nonlocal frames, busy
-        while True:
-            start = time.perf_counter()
-            part = next(stream, None)
-            busy += time.perf_counter() - start
-            if part is None:
-                return
-            frames += len(part)
-            yield part
-
-    with torch.inference_mode():
-        write_video(args.out, parts(), pipe.info.fps, scale=args.scale or None)
-    total = time.perf_counter() - began
-    model = busy - stream.decode_seconds
-    print(
-        f"{args.out}: {frames} frames, {args.chunks} chunks in {total:.1f} s; "
-        f"{args.chunks / busy:.2f} chunks/s, {frames / busy:.1f} frames/s with decode, "
-        f"{frames / model:.1f} without"
-    )
 
 
 def train(args: Train, rest: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ class WanCodec(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3] -> float32 [B, C, F, h, w]: the mode of the posterior."""
         check_video(video, self.temporal_stride, self.spatial_stride)
-        pixels = to_pixels(video.to(self.vae.device), self.vae.dtype)
+        pixels = to_pixels(video.to(self.vae.device)).to(self.vae.dtype)
         mode = self.vae.encode(pixels).latent_dist.mode().float()
         return (mode - self.latents_mean.float()) / self.latents_std.float()
 

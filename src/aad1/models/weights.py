@@ -154,4 +154,4 @@ def load_transformer(
     for name in names:
         tensors |= read_tensors(folder / name)
     load_strict(model, tensors, str(folder))
-    return model.to(device=device, dtype=dtype or torch.float32).eval()
+    return model.cast(dtype or torch.float32).to(device).eval()

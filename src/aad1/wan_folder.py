@@ -1,0 +1,158 @@
+"""Wan 2.1's folders, and few-step generators made from Wan by others, as the parts of a pipeline.
+
+A folder in diffusers' layout (`transformer/ vae/ text_encoder/ tokenizer/ scheduler/`) is a teacher
+unless a recipe is named. A generator alone takes what it lacks from a base folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from aad1.core.chunks import ChunkGeometry
+from aad1.core.flow import sigma_grid
+from aad1.errors import UserError
+from aad1.model_info import INDEX, ModelInfo
+from aad1.models.codec import Codec, load_codec
+from aad1.models.dit import WanTransformer
+from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
+from aad1.models.weights import read_json
+from aad1.rollout.teacher import Sampling
+
+STEP_SHIFT = 5.0
+FEW_STEPS = (1, 2, 4)
+WORLD = "wan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a few-step generator was trained to be rolled out."""
+
+    geometry: ChunkGeometry
+    steps: int
+    text_to_video: bool = True
+
+
+def _from_text(chunk: int) -> ChunkGeometry:
+    """Self-Forcing's rollout (algorithm.md, section 4): the whole clip of 21 frames is visible,
+    nothing is kept beyond it, positions count from the video's start."""
+    return ChunkGeometry(chunk=chunk, first=chunk, sink=0, window=21, relative=False)
+
+
+RECIPES = {
+    "aad1": Recipe(geometry=ChunkGeometry(), steps=1, text_to_video=False),
+    "self-forcing": Recipe(geometry=_from_text(3), steps=4),
+    "one-forcing": Recipe(geometry=_from_text(3), steps=1),
+    "one-forcing-frame": Recipe(geometry=_from_text(1), steps=1),
+}
+"""Generators that stream, by name; "teacher" stands beside them for one that does not."""
+
+
+def few_step_sigmas(steps: int) -> tuple[float, ...]:
+    """Noise levels of a few-step generator: 1 .. 1 / steps, shifted by 5 as all of them are.
+
+    4 gives 1, 0.9375, 0.8333, 0.625. UserError for other counts than 1, 2 and 4.
+    """
+    if steps not in FEW_STEPS:
+        raise UserError(f"steps must be one of {', '.join(map(str, FEW_STEPS))}, got {steps}")
+    return tuple(sigma_grid(steps, STEP_SHIFT)[:-1].tolist())
+
+
+def is_wan(path: Path) -> bool:
+    """Whether `path` holds Wan's weights in a layout of others (our own has its format's name)."""
+    if (path / INDEX).exists():
+        return str(read_json(path / INDEX).get("_class_name", "")).startswith("Wan")
+    own = (path / "codec").is_dir()  # one of ours that lost its index
+    return ((path / "transformer").is_dir() and not own) or _is_transformer(path)
+
+
+def load_wan(
+    path: Path,
+    *,
+    base: Path | None,
+    recipe: str | None,
+    steps: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    text_cache: Path | None = None,
+) -> tuple[WanTransformer, Codec, Umt5Encoder, ModelInfo]:
+    """The parts of a pipeline. Parts that `path` lacks are taken from `base`.
+
+    UserError lists what is missing and where it was looked for.
+    """
+    if (path / INDEX).exists():
+        _refuse_variants(path)
+    places = [path] if base is None else [path, base]
+    names = ("vae", "text_encoder", "tokenizer")
+    found = {name: next((p / name for p in places if (p / name).is_dir()), None) for name in names}
+    alone = _is_transformer(path)
+    if not alone:
+        found["transformer"] = path / "transformer" if (path / "transformer").is_dir() else None
+    missing = [name for name, place in found.items() if place is None]
+    if missing:
+        hint = "" if base else "; a base folder of Wan 2.1 may supply what is not the transformer"
+        looked = " and ".join(map(str, places))
+        raise UserError(f"no {', '.join(missing)} in {looked}{hint}")
+    vae, encoder, tokenizer = (found[name] or path for name in names)
+    info = wan_info(recipe or ("teacher" if not alone else None), steps, places)
+    transformer = WanTransformer.from_pretrained(found.get("transformer") or path, dtype, device)
+    codec = load_codec(vae, dtype=dtype, device=device)
+    text = Umt5Encoder.from_folders(
+        encoder, tokenizer, device=device, dtype=dtype, cache=text_cache
+    )
+    return transformer, codec, text, info
+
+
+def wan_info(recipe: str | None, steps: int | None, places: list[Path]) -> ModelInfo:
+    """The facts of a Wan model rolled out by `recipe`. UserError for an unknown one, or none."""
+    known = ", ".join(["teacher", *RECIPES])
+    if recipe is None:
+        raise UserError(f"{places[0]} does not say how it is rolled out: name a recipe of {known}")
+    teacher = ModelInfo(
+        world=WORLD, width=832, height=480, fps=16.0, stage="teacher", text_to_video=True,
+        sampling=_sampling(places),
+    )  # fmt: skip
+    if recipe == "teacher":
+        return teacher
+    if recipe not in RECIPES:
+        raise UserError(f"recipe must be one of {known}, got {recipe!r}")
+    chosen = RECIPES[recipe]
+    return replace(
+        teacher,
+        stage="aad" if recipe == "aad1" else "distilled",
+        geometry=chosen.geometry,
+        sigmas=few_step_sigmas(chosen.steps if steps is None else steps),
+        text_to_video=chosen.text_to_video,
+        extra={"recipe": recipe},
+    )
+
+
+def _sampling(places: list[Path]) -> Sampling:
+    """Wan's own way to sample, with the shift and the solver of the folder's scheduler."""
+    plain = Sampling(negative_prompt=NEGATIVE_PROMPT)
+    for place in places:
+        path = place / "scheduler" / "scheduler_config.json"
+        if path.exists():
+            raw = read_json(path)
+            shift = raw.get("flow_shift", raw.get("shift", plain.shift))
+            euler = raw.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+            return replace(plain, shift=float(shift), solver="euler" if euler else "unipc")
+    return plain
+
+
+def _refuse_variants(path: Path) -> None:
+    index = read_json(path / INDEX)
+    kind = index.get("_class_name")
+    if kind != "WanPipeline":
+        raise UserError(
+            f"{path} is a {kind}; only Wan 2.1 text-to-video (WanPipeline) is supported"
+        )
+    if (index.get("transformer_2") or [None])[0] is not None:
+        raise UserError(f"{path} has two transformers (Wan 2.2); only Wan 2.1 is supported")
+
+
+def _is_transformer(path: Path) -> bool:
+    config = path / "config.json"
+    return config.exists() and read_json(config).get("_class_name") == "WanTransformer3DModel"
