@@ -36,9 +36,12 @@ class Recipe:
 
 
 def _from_text(chunk: int) -> ChunkGeometry:
-    """Self-Forcing's rollout (algorithm.md, section 4): the whole clip of 21 frames is visible,
-    nothing is kept beyond it, positions count from the video's start."""
-    return ChunkGeometry(chunk=chunk, first=chunk, sink=0, window=21, relative=False)
+    """Self-Forcing's rollout (algorithm.md, section 4): 21 frames are visible, none beyond them.
+
+    Trained with positions that count from the video's start. Without a sink only differences of
+    positions matter, so counting from the first visible frame is the same and never grows.
+    """
+    return ChunkGeometry(chunk=chunk, first=chunk, sink=0, window=21, relative=True)
 
 
 RECIPES = {
