@@ -25,17 +25,19 @@ import torch
 from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.media import ImageLike, read_image
-from aad1.model_info import CARD, INDEX, ModelInfo, model_card, read_info, write_info
+from aad1.model_info import CARD, FORMAT, INDEX, ModelInfo, model_card, read_info, write_info
 from aad1.models.codec import Codec, DecoderStream, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.text import TextEncoder, WordEncoder
-from aad1.models.umt5 import Umt5Encoder, WeightsChoice
+from aad1.models.umt5 import CLASS_NAMES, Umt5Encoder, WeightsChoice
 from aad1.models.weights import read_json
 from aad1.rollout.stream import Rollout, seeded_noise
 from aad1.rollout.teacher import Sampling, sample
 from aad1.wan_folder import few_step_sigmas, is_wan, load_wan
 
-__all__ = ["INDEX", "ModelInfo", "Pipeline", "Stream", "find_model", "pick_device", "read_info"]
+__all__ = [
+    "FORMAT", "INDEX", "ModelInfo", "Pipeline", "Stream", "find_model", "pick_device", "read_info",
+]  # fmt: skip
 PACKAGED = Path(__file__).parent / "packaged"
 DECODED_AT_ONCE = 4  # latent frames of a sampled clip, so that a long one fits in memory
 
@@ -78,7 +80,7 @@ def find_model(name: str | Path) -> Path:
         return Path(name)
     if str(name) in packaged_models():
         return PACKAGED / str(name)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)  # whoever opens it says what is missing
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "out/")):
         return _from_hub(str(name))
@@ -180,10 +182,8 @@ class Pipeline:
         self.codec.save_pretrained(folder / "codec", dtype)
         if isinstance(self.text, Umt5Encoder):
             self.text.save_pretrained(folder / "text", text)
-        elif isinstance(self.text, WordEncoder):
-            self.text.save_pretrained(folder / "text")
         else:
-            raise UserError(f"a prompt encoder of class {type(self.text).__name__} has no format")
+            self.text.save_pretrained(folder / "text")
         with replace_file(folder / CARD) as temporary:
             count = sum(p.numel() for p in self.transformer.parameters())
             temporary.write_text(model_card(self.info, count), encoding="utf-8")
@@ -458,7 +458,7 @@ def _load_text(
 ) -> TextEncoder:
     """The prompt encoder that `folder` holds, or that of `base` for one that was left out."""
     facts = read_json(folder / "config.json")
-    if facts.get("_class_name") == "Umt5Encoder":
-        home = base if base is not None and facts.get("encoder") is None else folder
+    if facts.get("_class_name") in CLASS_NAMES:
+        home = folder if base is None or facts.get("encoder") else base
         return Umt5Encoder.from_pretrained(home, device=device, dtype=dtype, cache=cache)
     return WordEncoder.from_pretrained(folder).to(device).eval().requires_grad_(False)

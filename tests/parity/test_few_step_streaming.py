@@ -309,3 +309,17 @@ def test_a_new_prompt_holds_from_the_next_chunk_on(wan_folder: Path) -> None:
     assert torch.equal(next(steered), first)
     steered.prompt = "two red dogs"
     assert not torch.equal(next(steered), next(plain))
+
+
+def test_an_endless_rollout_builds_nothing_new(wan_folder: Path) -> None:
+    """Position tables and cache keep their size once the window is full."""
+    from aad1.core.rope import rope_table
+
+    pipe = Pipeline.from_pretrained(wan_folder, recipe="self-forcing", steps=1)
+    latents = pipe.stream(None, PROMPT, size=(32, 32)).latents()
+    for _ in range(9):
+        next(latents)
+    before = rope_table.cache_info().misses
+    for _ in range(6):
+        next(latents)
+    assert rope_table.cache_info().misses == before

@@ -132,6 +132,15 @@ def test_an_encoder_that_was_left_out_is_asked_for(folder: Path, tmp_path: Path)
         load(tmp_path / "gone")
 
 
+def test_a_note_of_the_base_folder_is_followed(folder: Path, tmp_path: Path) -> None:
+    """As a training run on Wan's data saves it."""
+    (tmp_path / "text").mkdir()
+    note = {"_class_name": "UMT5EncoderModel", "base": str(folder), "length": 64, "dim": 16}
+    (tmp_path / "text" / "config.json").write_text(json.dumps(note))
+    got = load(tmp_path / "text")(["a cat"])
+    assert torch.equal(got, load(folder)(["a cat"])[:, :64])
+
+
 def spoil(folder: Path, what: str) -> None:
     encoder = folder / "text_encoder"
     config, weights = encoder / "config.json", encoder / "model.safetensors"

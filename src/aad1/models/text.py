@@ -45,6 +45,10 @@ class TextEncoder(Protocol):
         """B prompts -> float [B, L, D]."""
         ...
 
+    def save_pretrained(self, folder: str | Path, /) -> None:
+        """Write what a pipeline needs to find or make the encoder again."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordEncoderConfig:

@@ -26,6 +26,7 @@ from aad1.models.text import warn_once
 from aad1.models.weights import read_json, read_tensors, write_json, write_tensors
 
 CONFIG_FILE = "config.json"
+CLASS_NAMES = ("Umt5Encoder", "UMT5EncoderModel")
 KEPT_PROMPTS = 1024
 WeightsChoice = Literal["copy", "reference", "none"]
 
@@ -214,7 +215,7 @@ class Umt5Encoder:
             raise UserError(f"weights must be copy, reference or none, got {weights!r}")
         self.tokenizer.save_pretrained(path / "tokenizer")
         facts = {"length": self.length, "dim": self.dim, "encoder": encoder}
-        write_json(path / CONFIG_FILE, {"_class_name": "Umt5Encoder", **facts})
+        write_json(path / CONFIG_FILE, {"_class_name": CLASS_NAMES[0], **facts})
 
     @classmethod
     def from_pretrained(
@@ -230,18 +231,18 @@ class Umt5Encoder:
         UserError names what is missing or damaged.
         """
         path = Path(folder)
-        facts: dict[str, Any] = {"length": 512, "encoder": "text_encoder"}
+        facts: dict[str, Any] = {"encoder": "text_encoder"}
         if (path / CONFIG_FILE).exists():
             facts = read_json(path / CONFIG_FILE)
-            if facts.get("_class_name") != "Umt5Encoder" or not isinstance(
-                facts.get("length"), int
-            ):
-                raise UserError(f"{path / CONFIG_FILE} does not describe a Umt5Encoder")
+            if facts.get("_class_name") not in CLASS_NAMES:
+                raise UserError(f"{path / CONFIG_FILE} does not describe a UMT5 prompt encoder")
+        if "base" in facts:  # a training run notes the Wan folder that its prompts came from
+            path, facts = Path(str(facts["base"])), {**facts, "encoder": "text_encoder"}
         if facts.get("encoder") is None:
             raise UserError(
                 f"{path} was saved without its text encoder; give a base folder that has one"
             )
-        where = path / facts["encoder"]  # an absolute reference stays as it is
+        where = path / str(facts["encoder"])  # an absolute reference stays as it is
         if not where.is_dir():
             raise UserError(f"there is no text encoder at {where}")
         return cls.from_folders(
@@ -249,7 +250,7 @@ class Umt5Encoder:
             path / "tokenizer",
             device=device,
             dtype=dtype,
-            length=facts["length"],
+            length=int(facts.get("length", 512)),
             cache=cache,
         )
 
