@@ -121,29 +121,39 @@ def _find(path: Path, weights: str) -> Parts:
         return _parts({kind: source}, None, (path,))
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
-    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] not in "._")]
     problems: list[str] = []
-    candidates: dict[str, list[Source]] = {name: [] for name in PART_NAMES}
-    for folder in folders:
-        for kind, source in _sources(folder, weights, problems):
-            if kind in candidates:
-                candidates[kind].append(source)
-            elif folder == path:
-                problems.append(_unrecognised(source.where, kind, source))
+    looked: list[Path] = []
     found: dict[str, Source] = {}
-    for kind, sources in candidates.items():
-        if len(sources) > 1:
-            where = ", ".join(str(s.where) for s in sources)
-            raise UserError(
-                f"{path} holds {len(sources)} networks that are each a {_SEEN[kind]}: {where}; "
-                "give the path of one"
-            )
-        if sources:
-            found[kind] = sources[0]
+    # Deeper folders count only for what the shallower ones do not have.
+    for level in ([path, *_folders(path)], [f for p in _folders(path) for f in _folders(p)]):
+        candidates: dict[str, list[Source]] = {n: [] for n in PART_NAMES if n not in found}
+        if not candidates:
+            break
+        looked += level
+        for folder in level:
+            for kind, source in _sources(folder, weights, problems):
+                if kind in candidates:
+                    candidates[kind].append(source)
+                elif folder == path and kind not in PART_NAMES:
+                    problems.append(_unrecognised(source.where, kind, source))
+        for kind, sources in candidates.items():
+            if len(sources) > 1:
+                where = ", ".join(str(s.where) for s in sources)
+                more = " (Wan 2.2's two are not supported)" if kind == "transformer" else ""
+                raise UserError(
+                    f"{path} holds {len(sources)} networks that are each a {_SEEN[kind]}: {where}; "
+                    f"give the path of one{more}"
+                )
+            if sources:
+                found[kind] = sources[0]
     tokenizer = _tokenizer(path)
     if tokenizer is None and not found:
-        raise UserError(_missing("Wan weights", folders, problems))
-    return _parts(found, tokenizer, folders, problems)
+        raise UserError(_missing("Wan weights", looked, problems))
+    return _parts(found, tokenizer, looked, problems)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] not in "._")
 
 
 def _parts(
@@ -157,16 +167,20 @@ def _parts(
 
 
 def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str, Source]]:
-    """The networks whose files lie in `folder` itself, each with its kind."""
+    """The networks whose files lie in `folder` itself, each with its kind.
+
+    Files that cannot be used are left out, and `problems` gets a line on each.
+    """
     config = _config(folder)
-    groups: list[tuple[Path, list[Path]]] = []
+    found: list[tuple[str, Source]] = []
+    indexed: set[Path] = set()
     for index in sorted(folder.glob("*.index.json")):
         try:
-            groups.append((folder, index_files(index)))
+            files = index_files(index)
+            indexed.update(files)
+            found.append(_recognise([open_tensors(f) for f in files], folder, config))
         except UserError as error:
-            problems.append(str(error))
-    indexed = {file for _, files in groups for file in files}
-    found: list[tuple[str, Source]] = []
+            problems.append(f"{index.name}: {error}")
     loose: dict[str, list[TensorFile]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix not in (*SAFETENSORS, *PICKLES) or file in indexed or not file.is_file():
@@ -177,28 +191,30 @@ def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str,
             problems.append(str(error))
             continue
         loose.setdefault(_kind(opened.specs), []).append(opened)
-    for where, files in groups:
-        found.append(_recognise([open_tensors(f) for f in files], where, config))
-    for kind, opened_files in loose.items():
-        if kind in PART_NAMES and _are_shards(opened_files, problems):
-            where = opened_files[0].path if len(opened_files) == 1 else folder
-            found.append(_recognise(opened_files, where, config))
-        else:
-            found += [_recognise([f], f.path, config) for f in opened_files]
+    for kind, same in loose.items():
+        for group in _group(same, problems) if kind in PART_NAMES else [[f] for f in same]:
+            where = folder if len(group) > 1 else group[0].path
+            found.append(_recognise(group, where, config))
     return found
 
 
-def _are_shards(files: Sequence[TensorFile], problems: list[str]) -> bool:
-    """Whether files without an index are parts of one network: no name occurs twice."""
-    numbers = [re.search(r"(\d+)-of-(\d+)", f.path.name) for f in files]
-    for number in numbers:
-        there = {int(n[1]) for n in numbers if n and n[2] == number[2]} if number else set()
-        if number and (gone := set(range(1, int(number[2]) + 1)) - there):
-            folder = files[0].path.parent
-            problems.append(f"{folder} lacks shard {min(gone)} of {int(number[2])}")
-            return False
-    names = [{wan_keys.strip_prefixes(name) for name in f.specs} for f in files]
-    return not any(a & b for a, b in combinations(names, 2))
+def _group(files: Sequence[TensorFile], problems: list[str]) -> list[list[TensorFile]]:
+    """Files of one kind that no index names: shards of one network if no name occurs twice."""
+    whole: list[TensorFile] = []
+    for file in files:
+        number = re.search(r"^(.*)(\d{5})-of-(\d{5})", file.path.name)
+        if number is not None:
+            folder, (stem, _, count) = file.path.parent, number.groups()
+            shards = [f"{stem}{i + 1:05}-of-{count}{file.path.suffix}" for i in range(int(count))]
+            there = {f.path.name for f in files}
+            if gone := [name for name in shards if name not in there]:
+                problems.append(f"{folder / gone[0]} does not exist, one of {int(count)} shards")
+                continue
+        whole.append(file)
+    names = [{wan_keys.strip_prefixes(name) for name in f.specs} for f in whole]
+    if any(a & b for a, b in combinations(names, 2)):
+        return [[file] for file in whole]
+    return [whole] if whole else []
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -265,7 +281,7 @@ def _unrecognised(path: Path, kind: str, source: Source) -> str:
 
 def _tokenizer(path: Path) -> Path | None:
     """The folder of UMT5's tokenizer, at most two levels down; not that of CLIP's XLM-RoBERTa."""
-    for folder in (path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))):
+    for folder in (path, *_folders(path), *(f for p in _folders(path) for f in _folders(p))):
         named = [folder / n for n in ("spiece.model", "tokenizer.json", "tokenizer_config.json")]
         if any(p.is_file() for p in named) and not (folder / "sentencepiece.bpe.model").exists():
             return folder

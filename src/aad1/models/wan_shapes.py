@@ -16,6 +16,7 @@ from aad1.models.tensor_files import Source, Spec
 
 HEAD_DIM = 128
 """Width of a head in every Wan transformer; shapes do not tell it."""
+UMT5_WIDTH = 4096
 _SIZES = {(1536, 8960): ("1.3B", 30), (5120, 13824): ("14B", 40)}
 
 # What marks a variant that this network is not, and how to call it.
@@ -45,7 +46,11 @@ def check_variant(source: Source) -> None:
         if found:
             raise UserError(f"{source.where} holds {what}, which is not supported (it has {found})")
     patch = source.specs.get("patch_embedding.weight")
-    if patch is not None and len(patch.shape) == 5 and patch.shape[1] in CHANNELS:
+    text = source.specs.get("condition_embedder.text_embedder.linear_1.weight")
+    if patch is None or text is None or len(patch.shape) != 5:
+        return
+    # Networks for small worlds may have as many channels; UMT5's width is what makes it a Wan.
+    if text.shape[1] == UMT5_WIDTH and patch.shape[1] in CHANNELS:
         what = CHANNELS[patch.shape[1]]
         raise UserError(f"{source.where} holds {what}, which is not supported")
 

@@ -72,7 +72,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors atomically, floating ones in `dtype` if given."""
     out = {}
@@ -82,7 +85,7 @@ def write_tensors(
     with replace_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of 0600
-        save_file(out, temporary, metadata={"format": "pt"})
+        save_file(out, temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.chmod(mode)
 
 
@@ -210,16 +213,11 @@ def write_shards(folder: Path, stem: str, tensors: LazyTensors, limit: int = SHA
 
 
 def index_files(index: Path) -> list[Path]:
-    """The shards that an index names; UserError lists those that are not there."""
+    """The shards that an index names, whether they are there or not."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise UserError(f"{index} has no weight_map from keys to files")
-    files = [index.parent / name for name in sorted(set(shards.values()))]
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        rest = f", nor do {len(missing) - 1} more of its shards" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]} does not exist{rest}, but {index.name} names it")
-    return files
+    return [index.parent / name for name in sorted(set(shards.values()))]
 
 
 def transformer_json(config: WanConfig) -> dict[str, Any]:
@@ -280,6 +278,13 @@ def load_transformer(
     for file in map(open_tensors, files):
         places |= {name: (file, name) for name in file.specs}
     return build_transformer(config, Source(folder, places), dtype, device)
+
+
+def check_names(config: WanConfig, source: Source) -> None:
+    """UserError if a transformer of that configuration would not take the tensors of `source`."""
+    with torch.device("meta"):
+        model = WanTransformer(config)
+    _check_fit(model, {name: spec.shape for name, spec in source.specs.items()}, str(source.where))
 
 
 def build_transformer(
