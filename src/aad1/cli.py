@@ -80,12 +80,42 @@ class Export:
     """Store weights in float16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Rewrite Wan weights in another format, shard by shard, with LoRAs merged if asked for.
+
+    Example: aad1 convert self_forcing_dmd.pt out/sf --to diffusers --base Wan2.1-T2V-1.3B
+    """
+
+    src: tyro.conf.Positional[Path]
+    """A folder or file in any format: diffusers, Wan's own, Self-Forcing's .pt, ComfyUI's."""
+    dst: tyro.conf.Positional[Path]
+    """A new folder, or one file for self-forcing (.pt) and comfyui (.safetensors)."""
+    to: str
+    """diffusers, original, self-forcing, comfyui or pipeline (a folder of aad1's own)."""
+    base: Path | None = None
+    """Another path for the parts that SRC lacks (VAE, text encoder, tokenizer)."""
+    lora: tuple[Path, ...] = ()
+    """LoRA files to merge, in this order."""
+    lora_scale: tuple[float, ...] = ()
+    """One scale per LoRA; 1 by default."""
+    dtype: str = "keep"
+    """Of the transformer's weights: keep, fp32, bf16 or fp16."""
+    weights: str = ""
+    """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
+    recipe: str = "teacher"
+    """--to pipeline: teacher, or aad1 for a one-step generator."""
+    shard_gb: float = 5.0
+    """Folders: files above this size (10^9 bytes) are split."""
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
 
@@ -147,11 +177,33 @@ def export(args: Export) -> None:
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 
 
+def convert(args: Convert) -> None:
+    from aad1.convert import DTYPES
+    from aad1.convert import convert as run
+
+    if args.dtype not in ("keep", *DTYPES):
+        raise UserError(f"--dtype must be one of keep, {', '.join(DTYPES)}, got {args.dtype!r}")
+    if args.lora_scale and len(args.lora_scale) != len(args.lora):
+        raise UserError(
+            f"--lora-scale must have one number per LoRA ({len(args.lora)}), "
+            f"got {len(args.lora_scale)}"
+        )
+    if not args.shard_gb > 0:
+        raise UserError(f"--shard-gb must be above 0, got {args.shard_gb}")
+    parts = run(
+        args.src, args.dst, args.to, base=args.base, weights=args.weights, recipe=args.recipe,
+        loras=list(zip(args.lora, args.lora_scale or [1.0] * len(args.lora), strict=True)),
+        dtype=DTYPES.get(args.dtype), shard_bytes=int(args.shard_gb * 1e9),
+    )  # fmt: skip
+    print(f"{args.dst}: {', '.join(parts)} ({args.to})")
+
+
 RUN: dict[type, Callable[[Any], None]] = {
     Generate: generate,
     Data: data,
     Encode: encode,
     Export: export,
+    Convert: convert,
 }
 
 
