@@ -13,7 +13,7 @@ import tyro
 
 from aad1 import __version__
 from aad1.errors import UserError
-from aad1.generate import Generate, generate
+from aad1.generate import Generate, generate, pair_loras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,8 @@ class Convert:
     weights: str = ""
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     recipe: str = "teacher"
-    """--to pipeline: teacher, or aad1 for a one-step generator."""
+    """--to pipeline: teacher, or how a generator is rolled out: aad1, self-forcing, one-forcing,
+    one-forcing-frame."""
     shard_gb: float = 5.0
     """Folders: files above this size (10^9 bytes) are split."""
 
@@ -183,16 +184,11 @@ def convert(args: Convert) -> None:
 
     if args.dtype not in ("keep", *DTYPES):
         raise UserError(f"--dtype must be one of keep, {', '.join(DTYPES)}, got {args.dtype!r}")
-    if args.lora_scale and len(args.lora_scale) != len(args.lora):
-        raise UserError(
-            f"--lora-scale must have one number per LoRA ({len(args.lora)}), "
-            f"got {len(args.lora_scale)}"
-        )
     if not args.shard_gb > 0:
         raise UserError(f"--shard-gb must be above 0, got {args.shard_gb}")
     parts = run(
         args.src, args.dst, args.to, base=args.base, weights=args.weights, recipe=args.recipe,
-        loras=list(zip(args.lora, args.lora_scale or [1.0] * len(args.lora), strict=True)),
+        loras=pair_loras(args.lora, args.lora_scale),
         dtype=DTYPES.get(args.dtype), shard_bytes=int(args.shard_gb * 1e9),
     )  # fmt: skip
     print(f"{args.dst}: {', '.join(parts)} ({args.to})")

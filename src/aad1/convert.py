@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
+from aad1.model_info import ModelInfo, write_info
 from aad1.models import wan_keys
 from aad1.models.checkpoints import Parts, find_parts, umt5_json, vae_json, wan_config
 from aad1.models.dit import WanConfig
@@ -39,7 +40,7 @@ from aad1.models.weights import (
     write_shards,
     write_tensors,
 )
-from aad1.pipeline import FORMAT, INDEX, ModelInfo
+from aad1.wan_folder import wan_info
 
 FORMATS = ("diffusers", "original", "self-forcing", "comfyui", "pipeline")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +95,7 @@ def convert(
         are.
     shard_bytes: files above this size are split (folders only).
     weights: which state dict of a .pt that holds several; "" prefers the moving average.
-    recipe: of a pipeline: "teacher", or "aad1" for a one-step generator.
+    recipe: of a pipeline: "teacher", or how a generator is rolled out (`wan_folder.RECIPES`).
 
     UserError before anything is written if the parts are missing, unsupported or do not fit, or
     `dst` exists or has the wrong suffix.
@@ -114,6 +115,7 @@ def convert(
     parts = find_parts(src, base, weights=weights)
     if to == "pipeline":
         parts.require("transformer", "vae", "text_encoder", "tokenizer")
+    info = wan_info(recipe, None, [Path(p) for p in (src, base) if p is not None])
     source = parts.source("transformer")
     config = wan_config(source)
     check_names(config, source)
@@ -131,7 +133,7 @@ def convert(
         elif to == "original":
             made.original(temporary)
         else:
-            made.pipeline(temporary, recipe)
+            made.pipeline(temporary, info)
     names = ("transformer", "vae", "text_encoder", "tokenizer")
     return [name for name in names if getattr(parts, name) is not None]
 
@@ -194,9 +196,8 @@ class Conversion:
         if parts.tokenizer is not None:
             shutil.copytree(parts.tokenizer, folder / "google" / "umt5-xxl")
 
-    def pipeline(self, folder: Path, recipe: str) -> None:
+    def pipeline(self, folder: Path, info: ModelInfo) -> None:
         """A folder of `aad1.Pipeline`; the index comes last."""
-        info = pipeline_info(recipe)
         parts = self.parts
         assert parts.tokenizer is not None
         self._transformer_folder(folder / "transformer")
@@ -206,7 +207,7 @@ class Conversion:
         shutil.copytree(parts.tokenizer, folder / "text" / "tokenizer")
         facts = {"length": 512, "dim": umt5_json(text)["d_model"], "encoder": "text_encoder"}
         write_json(folder / "text" / "config.json", {"_class_name": "Umt5Encoder", **facts})
-        write_json(folder / INDEX, {"format": FORMAT, **asdict(info)})
+        write_info(folder, info)
 
     def self_forcing(self, file: Path) -> None:
         """One .pt as the Self-Forcing family publishes its generators."""
@@ -248,14 +249,6 @@ def original_json(config: WanConfig) -> dict[str, Any]:
         out_dim=config.out_channels,
         text_len=512,
     )
-
-
-def pipeline_info(recipe: str) -> ModelInfo:
-    """The facts of a Wan pipeline at 480p; UserError for an unknown recipe."""
-    stages = {"teacher": "teacher", "aad1": "aad"}
-    if recipe not in stages:
-        raise UserError(f"recipe must be one of {', '.join(stages)}, got {recipe!r}")
-    return ModelInfo(world="wan", width=832, height=480, fps=16.0, stage=stages[recipe])
 
 
 def _as_it_is(source: Source) -> Renamed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +32,19 @@ class Generate:
     prompt: str = ""
     """What should happen; the model's words are listed if it knows some of yours not."""
     model: str = "sprites"
-    """Packaged name, folder, or hub id; also Wan 2.1's own folder (a teacher)."""
+    """Packaged name, folder, or hub id; Wan 2.1's own folder (a teacher); or a generator made from
+    it, in any format that `aad1 convert` reads."""
     base: str | None = None
     """Wan 2.1's folder, for the parts that a generator by itself lacks."""
     recipe: str | None = None
     """How a generator made elsewhere is rolled out: aad1, self-forcing, one-forcing,
     one-forcing-frame; or teacher."""
+    weights: str = ""
+    """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
+    lora: tuple[Path, ...] = ()
+    """LoRA files to merge into Wan's transformer, in this order."""
+    lora_scale: tuple[float, ...] = ()
+    """One scale per LoRA; 1 by default."""
     out: Path = Path("out.mp4")
     """.mp4, .gif, or .png (a contact sheet)."""
     chunks: int = 5
@@ -102,7 +109,8 @@ def generate(args: Generate) -> None:
         dtype = torch.bfloat16
     pipe = Pipeline.from_pretrained(
         folder, device=device, dtype=dtype, base=args.base, recipe=args.recipe,
-        steps=None if teacher else args.steps, text_cache=args.text_cache,
+        steps=None if teacher else args.steps, text_cache=args.text_cache, weights=args.weights,
+        loras=pair_loras(args.lora, args.lora_scale),
     )  # fmt: skip
     if pipe.info.stage == "teacher" and args.image is None:
         return _sample(pipe, args, size)
@@ -120,6 +128,15 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise UserError(f"--size must be WIDTHxHEIGHT such as 832x480, got {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def pair_loras(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
+    """Each LoRA with its scale, 1 if none are given; UserError unless there are as many."""
+    if scales and len(scales) != len(files):
+        raise UserError(
+            f"--lora-scale must have one number per LoRA ({len(files)}), got {len(scales)}"
+        )
+    return list(zip(files, scales or [1.0] * len(files), strict=True))
 
 
 def _stream(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> None:

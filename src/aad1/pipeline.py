@@ -8,7 +8,7 @@ A pipeline folder holds everything that generation needs, in open formats:
     codec/             the video codec
     text/              the prompt encoder
 
-Wan 2.1's own folders, and generators made from it by others, are read too (`aad1.wan_folder`).
+Wan 2.1's own weights, and generators made from it by others, are read too (`aad1.wan_folder`).
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ class Pipeline:
         recipe: str | None = None,
         steps: int | None = None,
         text_cache: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        weights: str = "",
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
@@ -139,6 +141,8 @@ class Pipeline:
         recipe: how a generator that does not say so is rolled out; see `wan_folder.RECIPES`.
         steps: 1, 2 or 4 network passes per chunk instead of the model's own number.
         text_cache: folder that keeps encoded prompts (Wan's prompt encoder is large).
+        loras: (file, scale), merged into Wan's transformer.
+        weights: which state dict of a .pt that holds several; the moving average by default.
 
         Raises UserError that names the file or key that is wrong.
         """
@@ -149,10 +153,12 @@ class Pipeline:
             return cls(
                 *load_wan(
                     folder, base=base, recipe=recipe, steps=steps, device=device, dtype=dtype,
-                    text_cache=cache,
+                    text_cache=cache, loras=loras, weights=weights,
                 )
             )  # fmt: skip
         info = read_info(folder)
+        if loras or weights:
+            raise UserError(f"{folder} is a finished pipeline: loras and weights do not apply")
         if recipe is not None:
             raise UserError(f"{folder} says itself how it is rolled out; leave out recipe={recipe}")
         if steps is not None:

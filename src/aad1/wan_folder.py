@@ -1,11 +1,12 @@
-"""Wan 2.1's folders, and few-step generators made from Wan by others, as the parts of a pipeline.
+"""Wan 2.1's weights, and few-step generators made from Wan by others, as the parts of a pipeline.
 
-A folder in diffusers' layout (`transformer/ vae/ text_encoder/ tokenizer/ scheduler/`) is a teacher
-unless a recipe is named. A generator alone takes what it lacks from a base folder.
+Every layout that `aad1.models.checkpoints` finds its way in will do. A folder with all parts is a
+teacher unless a recipe is named. A generator alone takes what it lacks from a base folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.core.flow import sigma_grid
 from aad1.errors import UserError
 from aad1.model_info import INDEX, ModelInfo
-from aad1.models.codec import Codec, load_codec
+from aad1.models.checkpoints import find_parts, load_wan_transformer, load_wan_vae
+from aad1.models.codec import Codec
 from aad1.models.dit import WanTransformer
+from aad1.models.tensor_files import PICKLES, SAFETENSORS
 from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.models.weights import read_json
 from aad1.rollout.teacher import Sampling
@@ -65,10 +68,14 @@ def few_step_sigmas(steps: int) -> tuple[float, ...]:
 
 def is_wan(path: Path) -> bool:
     """Whether `path` holds Wan's weights in a layout of others (our own has its format's name)."""
+    if path.is_file():
+        return True
     if (path / INDEX).exists():
         return str(read_json(path / INDEX).get("_class_name", "")).startswith("Wan")
-    own = (path / "codec").is_dir()  # one of ours that lost its index
-    return ((path / "transformer").is_dir() and not own) or _is_transformer(path)
+    if (path / "codec").is_dir():
+        return False  # one of ours that lost its index
+    suffixes = (*SAFETENSORS, *PICKLES)
+    return any(p.suffix in suffixes for p in [*path.glob("*"), *path.glob("*/*")])
 
 
 def load_wan(
@@ -80,30 +87,28 @@ def load_wan(
     device: torch.device,
     dtype: torch.dtype,
     text_cache: Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    weights: str = "",
 ) -> tuple[WanTransformer, Codec, Umt5Encoder, ModelInfo]:
     """The parts of a pipeline. Parts that `path` lacks are taken from `base`.
+
+    loras: (file, scale), merged into the transformer. weights: which state dict of a .pt that holds
+    several; "" prefers the moving average.
 
     UserError lists what is missing and where it was looked for.
     """
     if (path / INDEX).exists():
         _refuse_variants(path)
+    parts = find_parts(path, base, weights=weights)
+    parts.require("transformer", "vae", "text_encoder", "tokenizer")
+    alone = base is not None and find_parts(path, weights=weights).vae is None
     places = [path] if base is None else [path, base]
-    names = ("vae", "text_encoder", "tokenizer")
-    found = {name: next((p / name for p in places if (p / name).is_dir()), None) for name in names}
-    alone = _is_transformer(path)
-    if not alone:
-        found["transformer"] = path / "transformer" if (path / "transformer").is_dir() else None
-    missing = [name for name, place in found.items() if place is None]
-    if missing:
-        hint = "" if base else "; a base folder of Wan 2.1 may supply what is not the transformer"
-        looked = " and ".join(map(str, places))
-        raise UserError(f"no {', '.join(missing)} in {looked}{hint}")
-    vae, encoder, tokenizer = (found[name] or path for name in names)
-    info = wan_info(recipe or ("teacher" if not alone else None), steps, places)
-    transformer = WanTransformer.from_pretrained(found.get("transformer") or path, dtype, device)
-    codec = load_codec(vae, dtype=dtype, device=device)
-    text = Umt5Encoder.from_folders(
-        encoder, tokenizer, device=device, dtype=dtype, cache=text_cache
+    info = wan_info(recipe or (None if alone else "teacher"), steps, places)
+    transformer = load_wan_transformer(parts.source("transformer"), dtype, device, loras)
+    codec = load_wan_vae(parts.source("vae"), dtype, device)
+    assert parts.tokenizer is not None
+    text = Umt5Encoder.from_source(
+        parts.source("text_encoder"), parts.tokenizer, device=device, dtype=dtype, cache=text_cache
     )
     return transformer, codec, text, info
 
@@ -154,8 +159,3 @@ def _refuse_variants(path: Path) -> None:
         )
     if (index.get("transformer_2") or [None])[0] is not None:
         raise UserError(f"{path} has two transformers (Wan 2.2); only Wan 2.1 is supported")
-
-
-def _is_transformer(path: Path) -> bool:
-    config = path / "config.json"
-    return config.exists() and read_json(config).get("_class_name") == "WanTransformer3DModel"

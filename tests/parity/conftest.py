@@ -28,18 +28,18 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def diffusers_wan(tiny_tokenizer: Any) -> Any:
-    """diffusers' WanPipeline in float32, flow shift 3, UniPC; 32 wide, 2 layers, 2 x 8 pixels."""
+    """diffusers' WanPipeline in float32, flow shift 3, UniPC; two heads of Wan's own width."""
     diffusers = pytest.importorskip("diffusers")
     import transformers
 
     torch.manual_seed(0)
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=16,
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=16,
         freq_dim=32, ffn_dim=48, num_layers=2,
     )  # fmt: skip
-    randomise(transformer, 0.3)
+    randomise(transformer, 0.1)
     for block in transformer.blocks:  # or a few rows among 512 of padding would hardly matter
-        torch.nn.init.normal_(block.attn2.to_v.weight, std=8.0)
+        torch.nn.init.normal_(block.attn2.to_v.weight, std=2.0)
     encoder = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
             vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,

@@ -23,7 +23,7 @@ from aad1.rollout.stream import seeded_noise
 pytest.importorskip("diffusers")
 
 Weights = dict[str, torch.Tensor]
-HEADS, HEAD_DIM, LAYERS = 2, 12, 2
+HEADS, HEAD_DIM, LAYERS = 2, 128, 2
 SIZE = (48, 32)
 PROMPT = "a red cat walks"
 
@@ -223,10 +223,10 @@ CASES = [
 
 @pytest.mark.parametrize("recipe,steps,chunk,step_list,blocks", CASES)
 def test_streaming_equals_the_published_loop(
-    wan_folder: Path, weights: Weights, recipe: str, steps: int | None, chunk: int,
-    step_list: list[int], blocks: int,
+    wan_folder: Path, checkpoint: Path, weights: Weights, recipe: str, steps: int | None,
+    chunk: int, step_list: list[int], blocks: int,
 ) -> None:  # fmt: skip
-    pipe = Pipeline.from_pretrained(wan_folder, recipe=recipe, steps=steps)
+    pipe = Pipeline.from_pretrained(checkpoint, base=wan_folder, recipe=recipe, steps=steps)
     stream = pipe.stream(None, PROMPT, seed=5, size=SIZE)
     stream.chunks = blocks
     parts = list(stream.latents())

@@ -15,6 +15,7 @@ from PIL import Image
 
 from aad1 import cli
 from aad1 import pipeline as pipeline_module
+from aad1.convert import convert
 from aad1.errors import UserError
 from aad1.media import read_video
 from aad1.pipeline import Pipeline
@@ -95,7 +96,7 @@ def test_the_text_encoder_may_stay_outside(wan_folder: Path, tmp_path: Path, tex
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
 def test_a_missing_part_is_named_with_where_it_was_looked_for(copy: Path, part: str) -> None:
     shutil.rmtree(copy / part)
-    with pytest.raises(UserError, match=f"no {part} in {copy}") as error:
+    with pytest.raises(UserError, match=f"no {part} found; looked in {copy}") as error:
         Pipeline.from_pretrained(copy)
     assert "\n" not in str(error.value)
 
@@ -132,17 +133,47 @@ def test_bad_options_name_the_value(
 
 def test_a_generator_alone_needs_a_recipe_and_a_base(wan_folder: Path) -> None:
     generator = wan_folder / "transformer"
-    with pytest.raises(UserError, match="no vae, text_encoder, tokenizer in .*; a base folder"):
+    with pytest.raises(UserError, match="no vae, text_encoder, tokenizer found; looked in"):
         Pipeline.from_pretrained(generator, recipe="aad1")
     with pytest.raises(UserError, match="name a recipe of teacher, aad1, self-forcing"):
         Pipeline.from_pretrained(generator, base=wan_folder)
 
 
-def test_parts_of_other_sizes_are_refused(copy: Path, diffusers_wan: Any) -> None:
+def test_parts_of_other_sizes_are_refused(copy: Path) -> None:
+    import transformers
+
     config = json.loads((copy / "text_encoder" / "config.json").read_text())
-    (copy / "text_encoder" / "config.json").write_text(json.dumps(config | {"d_model": 24}))
-    with pytest.raises(UserError, match="prompt encoder's width must be the transformer's 16, got"):
+    shutil.rmtree(copy / "text_encoder")
+    other = transformers.UMT5EncoderModel(transformers.UMT5Config(**{**config, "d_model": 24}))
+    other.save_pretrained(copy / "text_encoder")
+    with pytest.raises(UserError, match="do not belong together: text width 16 and 24"):
         Pipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original", "self-forcing", "comfyui", "pipeline"])
+def test_every_format_streams_the_same_frames(wan_folder: Path, tmp_path: Path, to: str) -> None:
+    want = frames(Pipeline.from_pretrained(wan_folder, recipe="one-forcing"))
+    suffix = {"self-forcing": ".pt", "comfyui": ".safetensors"}.get(to, "")
+    made = tmp_path / f"made{suffix}"
+    convert(wan_folder, made, to, recipe="one-forcing")
+    options: dict[str, Any] = {} if to == "pipeline" else {"recipe": "one-forcing"}
+    if suffix:
+        options["base"] = wan_folder
+    assert torch.equal(frames(Pipeline.from_pretrained(made, **options)), want)
+
+
+def test_a_folder_of_pt_shards_streams_the_same_frames(wan_folder: Path, tmp_path: Path) -> None:
+    """As AAD-1's own release comes: original names, several .pt files, no index."""
+    want = frames(Pipeline.from_pretrained(wan_folder, recipe="one-forcing"))
+    convert(wan_folder, tmp_path / "one.pt", "self-forcing")
+    state = torch.load(tmp_path / "one.pt", weights_only=True)["generator"]
+    (tmp_path / "shards").mkdir()
+    names = list(state)
+    for i in range(6):
+        part = {name.removeprefix("model."): state[name] for name in names[i::6]}
+        torch.save(part, tmp_path / "shards" / f"model-{i + 1:05}-of-00006.pt")
+    pipe = Pipeline.from_pretrained(tmp_path / "shards", base=wan_folder, recipe="one-forcing")
+    assert torch.equal(frames(pipe), want)
 
 
 def test_few_step_levels_are_the_warped_ones() -> None:
@@ -238,6 +269,28 @@ def test_generate_continues_an_image(wan_folder: Path, tmp_path: Path, capsys: C
     flags = dict(base=wan_folder, recipe="aad1", size="48x32", chunks=2, image=picture, steps=2)
     assert run(*command(tmp_path / "generator", out, **flags)) == 0
     assert "33 frames, 2 chunks" in capsys.readouterr().out
+
+
+def test_generate_merges_loras_into_a_generator_file(
+    wan_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    from safetensors.torch import save_file
+
+    convert(wan_folder, tmp_path / "g.pt", "self-forcing")
+    name = "diffusion_model.blocks.0.ffn.0"
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(48, 2),
+        f"{name}.lora_down.weight": torch.randn(2, 256),
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    flags = dict(base=wan_folder, recipe="one-forcing", size="32x32", chunks=1)
+    made = []
+    for more in ({}, {"lora": tmp_path / "lora.safetensors", "lora_scale": 0.5}):
+        assert run(*command(tmp_path / "g.pt", tmp_path / "o.gif", scale=1, **flags, **more)) == 0
+        made.append((tmp_path / "o.gif").read_bytes())
+    assert made[0] != made[1]
+    assert run(*command(tmp_path / "g.pt", tmp_path / "o.gif", lora_scale=1, **flags)) == 2
+    assert "one number per LoRA (0), got 1" in capsys.readouterr().err
 
 
 def test_ctrl_c_finishes_an_endless_video(

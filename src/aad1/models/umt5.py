@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from aad1.errors import UserError
+from aad1.models.checkpoints import umt5_json, umt5_source
+from aad1.models.tensor_files import Source
 from aad1.models.text import warn_once
-from aad1.models.weights import read_json, read_tensors, write_json, write_tensors
+from aad1.models.weights import load_module, read_json, read_tensors, write_json, write_tensors
 
 CONFIG_FILE = "config.json"
 CLASS_NAMES = ("Umt5Encoder", "UMT5EncoderModel")
@@ -90,9 +92,9 @@ class Umt5Encoder:
         self._rows: dict[str, Tensor] = {}
 
     @classmethod
-    def from_folders(
+    def from_source(
         cls,
-        encoder: str | Path,
+        source: Source,
         tokenizer: str | Path,
         *,
         device: torch.device | str = "cpu",
@@ -100,26 +102,21 @@ class Umt5Encoder:
         length: int = 512,
         cache: str | Path | None = None,
     ) -> Umt5Encoder:
-        """An encoder from a transformers folder and its tokenizer's; its weights are read later.
+        """An encoder from its tensors and its tokenizer's folder; the tensors are read later.
 
-        UserError names a file that is missing, or says that the folder holds another model.
+        UserError for tensors of another network, or no tokenizer.
         """
-        folder, device = Path(encoder), torch.device(device)
-        config = read_json(folder / CONFIG_FILE)
-        if config.get("model_type") != "umt5" or not isinstance(config.get("d_model"), int):
-            raise UserError(
-                f"{folder / CONFIG_FILE} is of model_type {config.get('model_type')!r}, not 'umt5'"
-            )
-        files = _weight_files(folder)
+        device = torch.device(device)
+        files = sorted({file.path for file, _ in source.places.values()})
         return cls(
             load_tokenizer(tokenizer),
-            lambda: load_umt5(folder, dtype, device),
-            dim=config["d_model"],
-            identity=f"{_fingerprint([folder / CONFIG_FILE, *files])}/{dtype}" if cache else "",
+            lambda: load_umt5(source, dtype, device),
+            dim=umt5_json(source)["d_model"],
+            identity=f"{_fingerprint(files)}/{dtype}" if cache else "",
             length=length,
             device=device,
             cache=cache,
-            source=folder,
+            source=source.where,
         )
 
     @property
@@ -243,10 +240,10 @@ class Umt5Encoder:
                 f"{path} was saved without its text encoder; give a base folder that has one"
             )
         where = path / str(facts["encoder"])  # an absolute reference stays as it is
-        if not where.is_dir():
+        if not where.exists():
             raise UserError(f"there is no text encoder at {where}")
-        return cls.from_folders(
-            where,
+        return cls.from_source(
+            umt5_source(where),
             path / "tokenizer",
             device=device,
             dtype=dtype,
@@ -266,20 +263,14 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"{folder} holds no tokenizer that can be read: {_line(error)}") from None
 
 
-def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' `UMT5EncoderModel` of a folder; UserError for damaged or missing weights."""
+def load_umt5(source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """transformers' `UMT5EncoderModel` with these tensors, read file by file into place."""
     transformers = _transformers()
-    try:
-        model, report = transformers.UMT5EncoderModel.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # its loaders fail with almost any exception
-        raise UserError(f"the text encoder {folder} cannot be read: {_line(error)}") from None
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"the text encoder {folder} lacks {len(report['missing_keys'])} ({some})")
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    with torch.device("meta"):
+        config = transformers.UMT5Config(**umt5_json(source))
+        model = transformers.UMT5EncoderModel(config).to(dtype)
+    load_module(model, source, device)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _transformers() -> Any:
@@ -290,17 +281,6 @@ def _transformers() -> Any:
             f"Wan's text encoder needs transformers ({error}); install: pip install 'aad1[wan]'"
         ) from None
     return transformers
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise UserError(f"the text encoder {folder} lacks {', '.join(missing) or 'its weights'}")
-    return [folder / name for name in names]
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
