@@ -74,7 +74,7 @@ def sample(
         v = teacher(x, sigma, text)
         if null is not None and guidance_scale != 1:
             v = guide(v, teacher(x, sigma, null), guidance_scale)
-        moved = take.step(x[:, :, given:], v[:, :, given:])
+        moved = take.step(x[:, :, given:], v[:, :, given:].to(x.dtype))
         x = torch.cat([x[:, :, :given], moved], 2)
         if on_step is not None:
             on_step(i + 1)
