@@ -35,6 +35,7 @@ from aad1.models.weights import (
     STEM,
     Change,
     check_names,
+    read_json,
     transformer_json,
     write_json,
     write_shards,
@@ -174,12 +175,13 @@ class Conversion:
             shutil.copytree(parts.tokenizer, folder / "tokenizer")
         if scheduler is not None:
             shutil.copytree(scheduler, folder / "scheduler")
-        else:
-            write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
-        if None not in (parts.vae, parts.text_encoder, parts.tokenizer):
-            own = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-            solver = own.get("_class_name", _SCHEDULER["_class_name"])
-            write_json(folder / "model_index.json", {**_WAN_INDEX, "scheduler": _diffusers(solver)})
+        if None in (parts.vae, parts.text_encoder, parts.tokenizer):
+            return
+        path = folder / "scheduler" / "scheduler_config.json"
+        if scheduler is None:
+            write_json(path, _SCHEDULER)
+        solver = read_json(path).get("_class_name", _SCHEDULER["_class_name"])
+        write_json(folder / "model_index.json", {**_WAN_INDEX, "scheduler": _diffusers(solver)})
 
     def original(self, folder: Path) -> None:
         """The layout of Wan 2.1's own release."""

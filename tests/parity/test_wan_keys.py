@@ -12,8 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aad1.models import wan_keys
-from aad1.models.checkpoints import find_parts, load_umt5_state, load_wan_vae, wan_config
+from aad1.models.checkpoints import (
+    find_parts,
+    load_umt5_state,
+    load_wan_vae,
+    umt5_source,
+    wan_config,
+)
 from aad1.models.wan_shapes import vae_config
+from aad1.models.weights import load_module
 from wan_files import (
     State,
     original_transformer,
@@ -184,6 +191,21 @@ def test_umt5_equals_a_plain_encoder_with_the_original_names(tmp_path: Path) -> 
     swapped = state | {"blocks.1.ffn.fc1.weight": state["blocks.1.ffn.gate.0.weight"]}
     swapped["blocks.1.ffn.gate.0.weight"] = state["blocks.1.ffn.fc1.weight"]
     assert (plain_umt5(swapped, ids, 2) - got).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_umt5_is_filled_on_the_meta_device(tmp_path: Path) -> None:
+    torch.save(original_umt5(), tmp_path / "t5.pth")
+    config, state = load_umt5_state(tmp_path / "t5.pth")
+    whole = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
+    whole.load_state_dict(state)
+    with torch.device("meta"):
+        lazy = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
+    load_module(lazy, umt5_source(tmp_path / "t5.pth"))
+    assert lazy.shared.weight is lazy.encoder.embed_tokens.weight
+    ids = torch.randint(0, 64, (2, 9))
+    got, want = (m(ids).last_hidden_state for m in (lazy, whole))
+    assert torch.equal(got, want)
 
 
 def test_transformers_folders_of_umt5_give_the_same_state(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def find_parts(path: str | Path, base: str | Path | None = None, *, weights: str
 
 def _find(path: Path, weights: str) -> Parts:
     if path.is_file():
-        kind, source = _recognise([open_tensors(path, weights)], path, {})
+        kind, source = _recognise([open_tensors(path, weights)], path, _config(path.parent))
         if kind not in PART_NAMES:
             raise UserError(_unrecognised(path, kind, source))
         return _parts({kind: source}, None, (path,))

@@ -91,7 +91,9 @@ def transformer_config(source: Source) -> WanConfig:
     patch = shape("patch_embedding.weight", 5)
     width, ffn = patch[0], shape("blocks.0.ffn.net.0.proj.weight")[0]
     layers = 1 + max(_indices(r"^blocks\.(\d+)\.", specs), default=-1)
-    stated = source.config.get("num_layers")
+    # A config.json that happens to lie beside a single file may be of another model.
+    config = source.config if source.config.get("dim", width) == width else {}
+    stated = config.get("num_layers")
     name, known = _SIZES.get((width, ffn), ("", 0))
     wanted = stated if isinstance(stated, int) else known
     if layers < wanted:
@@ -99,7 +101,7 @@ def transformer_config(source: Source) -> WanConfig:
             f"{source.where} is incomplete: it has {layers} of {wanted} blocks"
             + (f" of Wan {name}" if name else "")
         )
-    heads = source.config.get("num_attention_heads", source.config.get("num_heads"))
+    heads = config.get("num_attention_heads", config.get("num_heads"))
     if not isinstance(heads, int) or heads < 1 or width % heads:
         if width % HEAD_DIM:
             raise UserError(
@@ -118,7 +120,7 @@ def transformer_config(source: Source) -> WanConfig:
         freq_dim=shape("condition_embedder.time_embedder.linear_1.weight")[1],
         ffn_dim=ffn,
         num_layers=layers,
-        eps=float(source.config.get("eps", WanConfig.eps)),
+        eps=float(config.get("eps", WanConfig.eps)),
     )
 
 

@@ -197,6 +197,11 @@ def test_heads_of_another_width_come_from_a_config(tmp_path: Path) -> None:
         load_wan_transformer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4, "num_layers": 2}))
     assert load_wan_transformer(tmp_path).config.attention_head_dim == 12
+    assert load_wan_transformer(tmp_path / "x.safetensors").config.attention_head_dim == 12
+    other = {"dim": 5120, "num_heads": 40, "num_layers": 40}  # of a model that lay there before
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    save_file(original_transformer(), tmp_path / "x.safetensors")
+    assert load_wan_transformer(tmp_path).config.num_attention_heads == 2
 
 
 def test_a_pipeline_folder_of_a_small_world_has_a_transformer() -> None:
@@ -204,7 +209,12 @@ def test_a_pipeline_folder_of_a_small_world_has_a_transformer() -> None:
     parts = find_parts(packaged)
     assert (parts.vae, parts.text_encoder, parts.tokenizer) == (None, None, None)
     loaded = load_wan_transformer(parts.source("transformer"))
-    assert loaded.config == WanTransformer.from_pretrained(packaged / "transformer").config
+    want = WanTransformer.from_pretrained(packaged / "transformer")
+    assert loaded.config == want.config and loaded.config.prediction == "x0"
+    file = packaged / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert load_wan_transformer(file).config == want.config
+    for name, value in want.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
 
 
 # ---- what is wrong is told in one line ----------------------------------------------------------
@@ -282,6 +292,12 @@ def test_two_of_a_kind_are_told(tmp_path: Path) -> None:
     for name in ("a", "b"):
         _original(tmp_path / name, original_transformer())
     refused(lambda: find_parts(tmp_path), "holds 2 networks", "/a,", "give the path of one")
+    for step in (100, 200):  # a folder of checkpoints, not of shards
+        torch.save(original_transformer(seed=step), tmp_path / "a" / f"{step}.pt")
+    (tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    for shard in (tmp_path / "a").glob("*.safetensors"):
+        shard.unlink()
+    refused(lambda: find_parts(tmp_path / "a"), "holds 2 networks", "100.pt", "200.pt")
 
 
 @pytest.mark.parametrize(
