@@ -93,6 +93,14 @@ def test_the_text_encoder_may_stay_outside(wan_folder: Path, tmp_path: Path, tex
     assert torch.equal(frames(again), frames(pipe))
 
 
+def test_the_base_may_have_any_layout(wan_folder: Path, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(wan_folder, recipe="one-forcing")
+    pipe.save_pretrained(tmp_path / "mine", text="none")
+    convert(wan_folder, tmp_path / "original", "original")
+    again = Pipeline.from_pretrained(tmp_path / "mine", base=tmp_path / "original")
+    assert torch.equal(frames(again), frames(pipe))
+
+
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
 def test_a_missing_part_is_named_with_where_it_was_looked_for(copy: Path, part: str) -> None:
     shutil.rmtree(copy / part)

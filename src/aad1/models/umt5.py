@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from aad1.errors import UserError
-from aad1.models.checkpoints import umt5_json, umt5_source
+from aad1.models.checkpoints import find_parts, umt5_json, umt5_source
 from aad1.models.tensor_files import Source
 from aad1.models.text import warn_once
 from aad1.models.weights import load_module, read_json, read_tensors, write_json, write_tensors
@@ -223,33 +223,29 @@ class Umt5Encoder:
         dtype: torch.dtype = torch.bfloat16,
         cache: str | Path | None = None,
     ) -> Umt5Encoder:
-        """Read what `save_pretrained` wrote, or `text_encoder/` and `tokenizer/` of a Wan folder.
+        """Read what `save_pretrained` wrote, or find the encoder in a Wan folder of any layout.
 
         UserError names what is missing or damaged.
         """
         path = Path(folder)
-        facts: dict[str, Any] = {"encoder": "text_encoder"}
-        if (path / CONFIG_FILE).exists():
-            facts = read_json(path / CONFIG_FILE)
-            if facts.get("_class_name") not in CLASS_NAMES:
-                raise UserError(f"{path / CONFIG_FILE} does not describe a UMT5 prompt encoder")
-        if "base" in facts:  # a training run notes the Wan folder that its prompts came from
-            path, facts = Path(str(facts["base"])), {**facts, "encoder": "text_encoder"}
-        if facts.get("encoder") is None:
+        saved = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
+        if saved.get("_class_name") not in CLASS_NAMES:
+            saved = {"base": path}
+        length = int(saved.get("length", 512))
+        rest: dict[str, Any] = dict(device=device, dtype=dtype, length=length, cache=cache)
+        if "base" in saved:  # also what a training run notes: where its prompts were encoded
+            parts = find_parts(saved["base"])
+            parts.require("text_encoder", "tokenizer")
+            assert parts.tokenizer is not None
+            return cls.from_source(parts.source("text_encoder"), parts.tokenizer, **rest)
+        if saved.get("encoder") is None:
             raise UserError(
                 f"{path} was saved without its text encoder; give a base folder that has one"
             )
-        where = path / str(facts["encoder"])  # an absolute reference stays as it is
+        where = path / str(saved["encoder"])  # an absolute reference stays as it is
         if not where.exists():
             raise UserError(f"there is no text encoder at {where}")
-        return cls.from_source(
-            umt5_source(where),
-            path / "tokenizer",
-            device=device,
-            dtype=dtype,
-            length=int(facts.get("length", 512)),
-            cache=cache,
-        )
+        return cls.from_source(umt5_source(where), path / "tokenizer", **rest)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
