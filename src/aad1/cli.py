@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,31 +13,7 @@ import tyro
 
 from aad1 import __version__
 from aad1.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate:
-    """Turn one image and a prompt into a video, chunk by chunk, one pass each.
-
-    Example: aad1 generate --image frame.png --prompt "turn left"
-    """
-
-    image: Path
-    """Picture to continue (png, jpg, ...); resized and centre-cropped to the model's size."""
-    prompt: str = ""
-    """What should happen; the model's words are listed if it knows some of yours not."""
-    model: str = "doom"
-    """Packaged name, folder, or hub id."""
-    out: Path = Path("out.mp4")
-    """.mp4, .gif, or .png (a contact sheet)."""
-    chunks: int = 5
-    """Chunks to make; one is 16 frames (1 second) with a Wan-strided codec, 4 on sprites."""
-    seed: int = 0
-    """Same seed, same video; the first n chunks do not depend on how many follow."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    scale: int = 0
-    """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
+from aad1.generate import Generate, generate, pair_loras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,54 +80,44 @@ class Export:
     """Store weights in float16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Rewrite Wan weights in another format, shard by shard, with LoRAs merged if asked for.
+
+    Example: aad1 convert self_forcing_dmd.pt out/sf --to diffusers --base Wan2.1-T2V-1.3B
+    """
+
+    src: tyro.conf.Positional[Path]
+    """A folder or file in any format: diffusers, Wan's own, Self-Forcing's .pt, ComfyUI's."""
+    dst: tyro.conf.Positional[Path]
+    """A new folder, or one file for self-forcing (.pt) and comfyui (.safetensors)."""
+    to: str
+    """diffusers, original, self-forcing, comfyui or pipeline (a folder of aad1's own)."""
+    base: Path | None = None
+    """Another path for the parts that SRC lacks (VAE, text encoder, tokenizer)."""
+    lora: tuple[Path, ...] = ()
+    """LoRA files to merge, in this order."""
+    lora_scale: tuple[float, ...] = ()
+    """One scale per LoRA; 1 by default."""
+    dtype: str = "keep"
+    """Of the transformer's weights: keep, fp32, bf16 or fp16."""
+    weights: str = ""
+    """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
+    recipe: str = "teacher"
+    """--to pipeline: teacher, or how a generator is rolled out: aad1, self-forcing, one-forcing,
+    one-forcing-frame."""
+    shard_gb: float = 5.0
+    """Folders: files above this size (10^9 bytes) are split."""
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
-
-
-def generate(args: Generate) -> None:
-    """Stream to the output file at constant memory and print the speed."""
-    import torch
-
-    from aad1.media import check_video_path, write_video
-    from aad1.pipeline import Pipeline, pick_device
-
-    if args.chunks < 1:
-        raise UserError(f"--chunks must be at least 1, got {args.chunks}")
-    if args.scale < 0:
-        raise UserError(f"--scale must be at least 0, got {args.scale}")
-    check_video_path(args.out)
-    pipe = Pipeline.from_pretrained(args.model, device=pick_device(args.device))
-    stream = pipe.stream(args.image, args.prompt, seed=args.seed)
-    stream.chunks = args.chunks
-    frames = 0
-    began = time.perf_counter()
-    busy = 0.0
-
-    def parts() -> Any:
-        nonlocal frames, busy
-        while True:
-            start = time.perf_counter()
-            part = next(stream, None)
-            busy += time.perf_counter() - start
-            if part is None:
-                return
-            frames += len(part)
-            yield part
-
-    with torch.inference_mode():
-        write_video(args.out, parts(), pipe.info.fps, scale=args.scale or None)
-    total = time.perf_counter() - began
-    model = busy - stream.decode_seconds
-    print(
-        f"{args.out}: {frames} frames, {args.chunks} chunks in {total:.1f} s; "
-        f"{args.chunks / busy:.2f} chunks/s, {frames / busy:.1f} frames/s with decode, "
-        f"{frames / model:.1f} without"
-    )
 
 
 def train(args: Train, rest: Sequence[str]) -> None:
@@ -213,11 +178,28 @@ def export(args: Export) -> None:
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 
 
+def convert(args: Convert) -> None:
+    from aad1.convert import DTYPES
+    from aad1.convert import convert as run
+
+    if args.dtype not in ("keep", *DTYPES):
+        raise UserError(f"--dtype must be one of keep, {', '.join(DTYPES)}, got {args.dtype!r}")
+    if not args.shard_gb > 0:
+        raise UserError(f"--shard-gb must be above 0, got {args.shard_gb}")
+    parts = run(
+        args.src, args.dst, args.to, base=args.base, weights=args.weights, recipe=args.recipe,
+        loras=pair_loras(args.lora, args.lora_scale),
+        dtype=DTYPES.get(args.dtype), shard_bytes=int(args.shard_gb * 1e9),
+    )  # fmt: skip
+    print(f"{args.dst}: {', '.join(parts)} ({args.to})")
+
+
 RUN: dict[type, Callable[[Any], None]] = {
     Generate: generate,
     Data: data,
     Encode: encode,
     Export: export,
+    Convert: convert,
 }
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from aad1.atomic import replace_file
 from aad1.errors import UserError
+from aad1.mp4 import Mp4Encoder
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | torch.Tensor
@@ -241,35 +242,10 @@ def _enlarged(frames: Iterable[Pixels], scale: int | None, resample: str) -> Ite
 
 
 def _write_mp4(path: Path, pictures: Iterator[Image.Image], fps: Fraction) -> int:
-    import av  # heavy, and absent where only training runs
-
-    count = 0
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = None
+    with Mp4Encoder(path, fps) as encoder:
         for picture in pictures:
-            array = np.asarray(picture)
-            odd = array.shape[0] % 2, array.shape[1] % 2  # yuv420p halves both sides
-            if any(odd):
-                array = np.pad(array, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
-                stream.height, stream.width = array.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                _tag_bt709(stream.codec_context)
-            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
-            frame.pts, frame.time_base = count, 1 / fps
-            _tag_bt709(frame)
-            container.mux(stream.encode(frame))
-            count += 1
-        if stream is not None:
-            container.mux(stream.encode(None))
-    return count
-
-
-def _tag_bt709(target: Any) -> None:
-    """Name the colours, or each player guesses by its own rule. 1: BT.709, and limited range."""
-    target.colorspace = target.color_primaries = target.color_trc = target.color_range = 1
+            encoder.write(np.asarray(picture))
+    return encoder.count
 
 
 def _write_gif(path: Path, pictures: Iterator[Image.Image], fps: Fraction) -> int:

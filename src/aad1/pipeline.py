@@ -3,67 +3,43 @@
 A pipeline folder holds everything that generation needs, in open formats:
 
     model_index.json   world, size, frame rate, geometry, noise levels, lineage
+    README.md          the same for people
     transformer/       the generator, a diffusers Wan folder
     codec/             the video codec
     text/              the prompt encoder
+
+Wan 2.1's own weights, and generators made from it by others, are read too (`aad1.wan_folder`).
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from dataclasses import field as dataclass_field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from aad1.core.chunks import ChunkGeometry
+from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.media import ImageLike, read_image
-from aad1.models.codec import Codec, DecoderStream, load_codec
+from aad1.model_info import CARD, FORMAT, INDEX, ModelInfo, model_card, read_info, write_info
+from aad1.models.codec import Codec, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
-from aad1.models.text import WordEncoder
-from aad1.models.weights import read_json, write_json
+from aad1.models.text import TextEncoder, WordEncoder
+from aad1.models.umt5 import CLASS_NAMES, Umt5Encoder, WeightsChoice
+from aad1.models.weights import read_json
 from aad1.rollout.stream import Rollout, seeded_noise
+from aad1.rollout.teacher import Sampling, sample
+from aad1.streaming import Stream
+from aad1.wan_folder import few_step_sigmas, is_wan, load_wan
 
-INDEX = "model_index.json"
-FORMAT = "aad1.pipeline.1"
-STAGES = ("teacher", "ode", "dmd", "aad")
+__all__ = [
+    "FORMAT", "INDEX", "ModelInfo", "Pipeline", "Stream", "find_model", "pick_device", "read_info",
+]  # fmt: skip
 PACKAGED = Path(__file__).parent / "packaged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """What the weights are for and where they come from."""
-
-    world: str
-    width: int
-    height: int
-    fps: float
-    stage: str
-    """"teacher" (bidirectional, does not stream), "ode", "dmd" or "aad"."""
-    updates: int = 0
-    sha256: str = ""
-    """Hash of the generator's weights."""
-    parent: Mapping[str, Any] | None = None
-    """The same facts of the model that training started from."""
-    geometry: ChunkGeometry = ChunkGeometry()
-    sigmas: tuple[float, ...] = (1.0,)
-    frames: int = 21
-    """Latent frames of a training clip."""
-    extra: Mapping[str, Any] = dataclass_field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("width", "height", "frames"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.fps <= 0:
-            raise UserError(f"fps must be above 0, got {self.fps}")
-        if self.stage not in STAGES:
-            raise UserError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+DECODED_AT_ONCE = 4  # latent frames of a sampled clip, so that a long one fits in memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,7 +80,7 @@ def find_model(name: str | Path) -> Path:
         return Path(name)
     if str(name) in packaged_models():
         return PACKAGED / str(name)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)  # whoever opens it says what is missing
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "out/")):
         return _from_hub(str(name))
@@ -130,10 +106,10 @@ def _from_hub(name: str) -> Path:
 
 
 class Pipeline:
-    """Image + prompt -> video, one pass of the generator per chunk."""
+    """Image + prompt -> video, one pass of the generator per chunk and noise level."""
 
     def __init__(
-        self, transformer: WanTransformer, codec: Codec, text: WordEncoder, info: ModelInfo
+        self, transformer: WanTransformer, codec: Codec, text: TextEncoder, info: ModelInfo
     ) -> None:
         for what, own, wanted in (
             ("the codec's latent channels", codec.latent_channels, transformer.config.in_channels),
@@ -152,36 +128,116 @@ class Pipeline:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        base: str | Path | None = None,
+        recipe: str | None = None,
+        steps: int | None = None,
+        text_cache: str | Path | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+        weights: str = "",
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
+        base: Wan 2.1's folder, for what a generator by itself lacks (codec, prompt encoder).
+        recipe: how a generator that does not say so is rolled out; see `wan_folder.RECIPES`.
+        steps: 1, 2 or 4 network passes per chunk instead of the model's own number.
+        text_cache: folder that keeps encoded prompts (Wan's prompt encoder is large).
+        loras: (file, scale), merged into Wan's transformer.
+        weights: which state dict of a .pt that holds several; the moving average by default.
+
         Raises UserError that names the file or key that is wrong.
         """
-        folder = find_model(name)
+        folder, device = find_model(name), torch.device(device)
+        base = None if base is None else find_model(base)
+        cache = None if text_cache is None else Path(text_cache)
+        if is_wan(folder):
+            return cls(
+                *load_wan(
+                    folder, base=base, recipe=recipe, steps=steps, device=device, dtype=dtype,
+                    text_cache=cache, loras=loras, weights=weights,
+                )
+            )  # fmt: skip
         info = read_info(folder)
-        device = torch.device(device)
+        if loras or weights:
+            raise UserError(f"{folder} is a finished pipeline: loras and weights do not apply")
+        if recipe is not None:
+            raise UserError(f"{folder} says itself how it is rolled out; leave out recipe={recipe}")
+        if steps is not None:
+            info = replace(info, sigmas=few_step_sigmas(steps))
         return cls(
             WanTransformer.from_pretrained(folder / "transformer", dtype, device),
             load_codec(folder / "codec", dtype=dtype, device=device),
-            WordEncoder.from_pretrained(folder / "text").to(device).eval().requires_grad_(False),
+            _load_text(folder / "text", base, device, dtype, cache),
             info,
         )
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a folder that `from_pretrained` reads; weights in `dtype`."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        text: WeightsChoice = "copy",
+    ) -> None:
+        """Write a folder that `from_pretrained` reads; transformer and codec in `dtype`.
+
+        text: whether Wan's large prompt encoder is copied, only referred to ("reference": by its
+            place on this machine), or left out ("none": give `base` when loading).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # The index goes last: a folder without one is not a model.
         self.transformer.save_pretrained(folder / "transformer", dtype)
         self.codec.save_pretrained(folder / "codec", dtype)
-        self.text.save_pretrained(folder / "text")
-        write_json(folder / INDEX, {"format": FORMAT, **asdict(self.info)})
+        if isinstance(self.text, Umt5Encoder):
+            self.text.save_pretrained(folder / "text", text)
+        else:
+            self.text.save_pretrained(folder / "text")
+        with replace_file(folder / CARD) as temporary:
+            count = sum(p.numel() for p in self.transformer.parameters())
+            temporary.write_text(model_card(self.info, count), encoding="utf-8")
+        write_info(folder, self.info)  # last: a folder without an index is not a model
 
     @property
     def device(self) -> torch.device:
         return self.transformer.device
 
-    # -- generation -----------------------------------------------------------------------
+    # -- inputs ---------------------------------------------------------------------------
+
+    def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """(width, height) in pixels, the model's own if None; UserError if it cannot be."""
+        width, height = size or (self.info.width, self.info.height)
+        patch = self.transformer.config.patch_size
+        for name, value, side in (("width", width, patch[2]), ("height", height, patch[1])):
+            unit = self.codec.spatial_stride * side
+            if value < unit or value % unit:
+                low = max(unit, value // unit * unit)
+                near = f"{low} or {low + unit}" if value > unit else f"{unit}"
+                raise UserError(
+                    f"size {width}x{height}: {name} {value} is not divisible by {unit} "
+                    f"(nearest {near})"
+                )
+        return width, height
+
+    @torch.no_grad()
+    def encode_image(self, image: ImageLike, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """A picture -> latents [1, C, 1, h, w]: resized and centre-cropped to `size`."""
+        width, height = self.check_size(size)
+        pixels = read_image(image, width=width, height=height)
+        return self.codec.encode(pixels[None, None].to(self.device))
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """A prompt -> text rows [1, S, D]."""
+        return self.text([prompt]).to(self.device)
+
+    def release_text(self) -> None:
+        """Free the memory of a large prompt encoder; a prompt not seen before loads it again."""
+        if isinstance(self.text, Umt5Encoder):
+            self.text.release()
+
+    def frames(self, latents: int) -> int:
+        """Video frames of that many latent frames."""
+        return 1 + (latents - 1) * self.codec.temporal_stride
+
+    # -- streaming ------------------------------------------------------------------------
 
     @property
     def rollout(self) -> Rollout:
@@ -193,23 +249,35 @@ class Pipeline:
             )
         return Rollout(self.transformer, self.info.geometry, self.info.sigmas)
 
-    @torch.no_grad()
-    def encode_image(self, image: ImageLike) -> torch.Tensor:
-        """A picture -> latents [1, C, 1, h, w]: resized and centre-cropped to the model's size."""
-        pixels = read_image(image, width=self.info.width, height=self.info.height)
-        return self.codec.encode(pixels[None, None].to(self.device))
+    def stream(
+        self,
+        image: ImageLike | None,
+        prompt: str,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> Stream:
+        """Frames chunk by chunk for as long as one iterates; set `.prompt` to steer.
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        """A prompt -> text rows [1, S, D]."""
-        return self.text([prompt])
-
-    def stream(self, image: ImageLike, prompt: str, *, seed: int = 0) -> Stream:
-        """Frames chunk by chunk for as long as one iterates; set `.prompt` to steer."""
-        return Stream(self, self.encode_image(image), prompt, seed)
+        image: what the video begins with, or None for a model that makes that itself.
+        size: (width, height); None takes the model's own.
+        """
+        self.rollout  # noqa: B018 - refuses a teacher before anything is encoded
+        width, height = self.check_size(size)
+        if image is None:
+            if not self.info.text_to_video:
+                raise UserError("this model continues an image: give one (--image)")
+            return Stream(self, None, prompt, seed, size=(width, height))
+        return Stream(self, self.encode_image(image, (width, height)), prompt, seed)
 
     def __call__(
-        self, image: ImageLike, prompt: str, *, num_chunks: int = 5, seed: int = 0
+        self,
+        image: ImageLike | None,
+        prompt: str,
+        *,
+        num_chunks: int = 5,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """A whole video, uint8 [1 + n x chunk x temporal stride, height, width, 3].
 
@@ -217,9 +285,70 @@ class Pipeline:
         """
         if num_chunks < 1:
             raise UserError(f"num_chunks must be at least 1, got {num_chunks}")
-        stream = self.stream(image, prompt, seed=seed)
+        stream = self.stream(image, prompt, seed=seed, size=size)
         stream.chunks = num_chunks
         return torch.cat(list(stream))
+
+    # -- sampling a teacher ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        sampling: Sampling | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """A whole clip from a teacher, uint8 [frames, height, width, 3].
+
+        frames: 1 + k x temporal stride; None takes the length of a training clip.
+        sampling: steps, guidance and so on; None takes the model's own.
+        on_step: called with the number of steps done, after each.
+
+        The noise of a seed is that of diffusers' WanPipeline with a CPU generator of this seed.
+        """
+        width, height = self.check_size(size)
+        stride = self.codec.spatial_stride
+        f = self.info.frames
+        if frames is not None:
+            f = latent_frames(frames, self.codec.temporal_stride)
+        shape = (1, self.codec.latent_channels, f, height // stride, width // stride)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        latents = self.sample_latents([prompt], noise, sampling, on_step)
+        decoder = self.codec.stream()
+        parts = [decoder.decode(part)[0].cpu() for part in latents.split(DECODED_AT_ONCE, 2)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        sampling: Sampling | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Clean latents of a teacher for noise [B, C, F, h, w], of one prompt each."""
+        if self.info.stage != "teacher":
+            raise UserError(
+                f"this model is distilled to {len(self.info.sigmas)} step(s) and streams; "
+                "only a teacher is sampled in many"
+            )
+        chosen = sampling or self.info.sampling
+        text = self.text(prompts).to(self.device)
+        null = None
+        if chosen.guidance != 1:
+            null = self.text([chosen.negative_prompt]).to(self.device).expand_as(text)
+        x0, _ = sample(
+            self.transformer, noise.to(self.device), text, null,
+            steps=chosen.steps, shift=chosen.shift, guidance_scale=chosen.guidance,
+            solver_name=chosen.solver, on_step=on_step,
+        )  # fmt: skip
+        return x0
+
+    # -- many at once ---------------------------------------------------------------------
 
     @torch.no_grad()
     def generate_latents(
@@ -239,84 +368,19 @@ class Pipeline:
         noise = seeded_noise(seeds, rollout.geometry, shape, images.device)
 
         def text(chunk: int) -> torch.Tensor:
-            return self.text([c[min(chunk, len(c) - 1)] for c in captions])
+            rows = self.text([c[min(chunk, len(c) - 1)] for c in captions])
+            return rows.to(images.device)
 
         parts = list(rollout.stream(images, text, noise, chunks))
         return torch.cat([images, *parts], 2)
 
 
-class Stream:
-    """An iterator of uint8 frames [n, height, width, 3]; the first item has the image too.
-
-    prompt: assign a new one at any time, it holds from the next chunk on.
-    chunks: how many to make; None means endless. A chunk's cache pass runs only when the next
-    chunk is asked for.
-    """
-
-    def __init__(self, pipeline: Pipeline, image: torch.Tensor, prompt: str, seed: int) -> None:
-        self.pipeline, self.image, self.seed = pipeline, image, seed
-        self.rollout = pipeline.rollout  # refuses a teacher now, not at the first chunk
-        self.chunks: int | None = None
-        self.decode_seconds = 0.0
-        self._rows: dict[str, torch.Tensor] = {}
-        self.prompt = prompt
-        self._frames = self._run()
-
-    @property
-    def prompt(self) -> str:
-        return self._prompt
-
-    @prompt.setter
-    def prompt(self, value: str) -> None:
-        self._text(value)  # unknown words are reported now, not a chunk later
-        self._prompt = value
-
-    def _text(self, prompt: str) -> torch.Tensor:
-        if prompt not in self._rows:
-            self._rows[prompt] = self.pipeline.encode_prompt(prompt)
-        return self._rows[prompt]
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        return next(self._frames)
-
-    def latents(self) -> Iterator[torch.Tensor]:
-        """Clean latents chunk by chunk, without the image, not decoded."""
-        rollout = self.rollout
-        shape = (self.image.shape[1], self.image.shape[3], self.image.shape[4])
-        noise = seeded_noise([self.seed], rollout.geometry, shape, self.image.device)
-        return rollout.stream(self.image, lambda i: self._text(self.prompt), noise, self.chunks)
-
-    def _run(self) -> Iterator[torch.Tensor]:
-        decoder: DecoderStream = self.pipeline.codec.stream()
-        first = True
-        for x0 in self.latents():
-            yield self._decode(decoder, torch.cat([self.image, x0], 2) if first else x0)
-            first = False
-
-    def _decode(self, decoder: DecoderStream, latents: torch.Tensor) -> torch.Tensor:
-        import time
-
-        begin = time.perf_counter()
-        frames = decoder.decode(latents)[0].cpu()
-        self.decode_seconds += time.perf_counter() - begin
-        return frames
-
-
-def read_info(folder: Path) -> ModelInfo:
-    """model_index.json as a `ModelInfo`; UserError if it is missing or of another format."""
-    if not (folder / INDEX).exists():
-        raise UserError(f"{folder} is not a model: it has no {INDEX}")
-    raw = read_json(folder / INDEX)
-    if raw.pop("format", None) != FORMAT:
-        raise UserError(f"{folder / INDEX} is not of format {FORMAT}")
-    try:
-        raw["geometry"] = ChunkGeometry(**raw["geometry"])
-        raw["sigmas"] = tuple(float(sigma) for sigma in raw["sigmas"])
-        return ModelInfo(**raw)
-    except KeyError as error:
-        raise UserError(f"{folder / INDEX} has no {error}") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / INDEX}: {error}") from None
+def _load_text(
+    folder: Path, base: Path | None, device: torch.device, dtype: torch.dtype, cache: Path | None
+) -> TextEncoder:
+    """The prompt encoder that `folder` holds, or that of `base` for one that was left out."""
+    facts = read_json(folder / "config.json")
+    if facts.get("_class_name") in CLASS_NAMES:
+        home = folder if base is None or facts.get("encoder") else base
+        return Umt5Encoder.from_pretrained(home, device=device, dtype=dtype, cache=cache)
+    return WordEncoder.from_pretrained(folder).to(device).eval().requires_grad_(False)

@@ -28,6 +28,14 @@ from aad1.errors import UserError
 MIN_SIGMA = 0.05
 """Smallest divisor when an x0-predicting network's output is turned into a velocity."""
 
+FP32_PARTS = ("time_embedder", "scale_shift_table", "norm2")
+"""What steers every layer and costs nothing: kept in float32 in a bf16 model, as diffusers does."""
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether the parameter `name` stays float32 when the model is cast to a lower precision."""
+    return any(part in name.split(".") for part in FP32_PARTS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
@@ -110,7 +118,7 @@ class ConditionEmbedder(nn.Module):
         with torch.autocast(sigma.device.type, enabled=False):
             weight = self.time_embedder.linear_1.weight
             e = self.time_embedder(timestep_embedding(sigma * 1000, self.freq_dim).to(weight.dtype))
-            e0 = self.time_proj(F.silu(e)).unflatten(-1, (6, -1))
+            e0 = self.time_proj(F.silu(e).to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
         return e.float(), e0.float()
 
     def text(self, text: torch.Tensor) -> torch.Tensor:
@@ -313,6 +321,12 @@ class WanTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
+
+    def cast(self, dtype: torch.dtype) -> WanTransformer:
+        """Weights in `dtype`, in place, except those that `keeps_fp32` names; returns self."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if keeps_fp32(name) else dtype)
+        return self
 
     # -- passes ---------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class TextEncoder(Protocol):
         """B prompts -> float [B, L, D]."""
         ...
 
+    def save_pretrained(self, folder: str | Path, /) -> None:
+        """Write what a pipeline needs to find or make the encoder again."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordEncoderConfig:
@@ -139,13 +143,13 @@ class WordEncoder(nn.Module):
         known = [word for word in words if word in self._row]
         unknown = [word for word in words if word not in self._row]
         if unknown:
-            _warn_once(
+            warn_once(
                 "unknown",
                 f"left out of the prompt: {', '.join(dict.fromkeys(unknown))}. "
                 f"The words known here: {', '.join(sorted(self._row))}",
             )
         if len(known) > self.length:
-            _warn_once(
+            warn_once(
                 "long", f"a prompt has {len(known)} known words; the first {self.length} count"
             )
         rows = [self._row[word] for word in known[: self.length]]
@@ -190,7 +194,7 @@ class WordEncoder(nn.Module):
         return encoder.to(device=device, dtype=dtype).eval()
 
 
-def _warn_once(kind: str, message: str) -> None:
+def warn_once(kind: str, message: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, stacklevel=2)

@@ -67,6 +67,14 @@ class WanCodec(nn.Module):
             buffer = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> WanCodec:
+        """As of any module, but the statistics keep float32 whatever the network computes in."""
+        kept = {name: getattr(self, name) for name in ("latents_mean", "latents_std")}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            self._buffers[name] = value.to(getattr(self, name).device)
+        return self
+
     @classmethod
     def from_config(cls, **config: Any) -> WanCodec:
         """A codec with random weights; fields as of AutoencoderKLWan (base_dim, ...)."""
@@ -100,9 +108,9 @@ class WanCodec(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3] -> float32 [B, C, F, h, w]: the mode of the posterior."""
         check_video(video, self.temporal_stride, self.spatial_stride)
-        pixels = to_pixels(video.to(self.vae.device), self.vae.dtype)
+        pixels = to_pixels(video.to(self.vae.device)).to(self.vae.dtype)
         mode = self.vae.encode(pixels).latent_dist.mode().float()
-        return (mode - self.latents_mean.float()) / self.latents_std.float()
+        return (mode - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -130,8 +138,8 @@ class WanCodec(nn.Module):
         write_config(Path(folder), "AutoencoderKLWan", config)
 
     def _raw(self, latents: Tensor) -> Tensor:
-        raw = latents.to(self.vae.device).float() * self.latents_std.float()
-        return (raw + self.latents_mean.float()).to(self.vae.dtype)
+        raw = latents.to(self.vae.device).float() * self.latents_std
+        return (raw + self.latents_mean).to(self.vae.dtype)
 
 
 class WanStream:

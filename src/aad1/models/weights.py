@@ -1,12 +1,17 @@
-"""Reading and writing weight folders, strictly: every key present, expected and well shaped."""
+"""Reading and writing weights, strictly: every key present, expected and well shaped.
+
+A network is built on the meta device, without memory, and filled tensor by tensor from its files
+(`load_module`); it is written shard by shard (`write_shards`). Either way no more than one shard is
+held beyond the network itself.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +21,14 @@ from torch import nn
 from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.tensor_files import Source, Spec, TensorFile, open_tensors
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+SHARD_BYTES = 5_000_000_000
+"""Files above this size are split."""
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""(name, tensor as read) -> tensor to use, of the same shape."""
 _FIXED = {
     "_class_name": "WanTransformer3DModel",
     "cross_attn_norm": True,
@@ -61,7 +72,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors atomically, floating ones in `dtype` if given."""
     out = {}
@@ -71,44 +85,168 @@ def write_tensors(
     with replace_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of 0600
-        save_file(out, temporary, metadata={"format": "pt"})
+        save_file(out, temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.chmod(mode)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Load a state dict; UserError lists missing, unexpected and wrongly shaped keys."""
-    own = module.state_dict()
+    _check_fit(module, {name: tuple(value.shape) for name, value in tensors.items()}, source)
+    module.load_state_dict(dict(tensors))
+
+
+def _check_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = []
     for title, keys in (
-        ("missing", own.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - own.keys()),
+        ("missing", own.keys() - shapes.keys()),
+        ("unexpected", shapes.keys() - own.keys()),
     ):
         if keys:
             some = ", ".join(sorted(keys)[:3])
             problems.append(f"{len(keys)} {title} ({some}{', ...' if len(keys) > 3 else ''})")
-    for key in sorted(own.keys() & tensors.keys()):
-        if own[key].shape != tensors[key].shape:
-            problems.append(f"{key} is {list(tensors[key].shape)}, expected {list(own[key].shape)}")
+    for key in sorted(own.keys() & shapes.keys()):
+        if own[key] != shapes[key]:
+            problems.append(f"{key} is {list(shapes[key])}, expected {list(own[key])}")
             break
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict(dict(tensors))
 
 
-def save_transformer(model: WanTransformer, folder: Path, dtype: torch.dtype | None) -> None:
+def load_module(
+    module: nn.Module,
+    source: Source,
+    device: torch.device | str = "cpu",
+    change: Change | None = None,
+) -> None:
+    """Fill a module that was built on the meta device, one tensor at a time, file by file.
+
+    Each tensor takes the dtype that the module's own has, so that `module.to(dtype)` on the meta
+    device settles the precision. Tied parameters stay tied.
+    change: applied to each tensor on `device` before the cast (merging a LoRA).
+
+    UserError before anything is read if names or shapes do not fit.
+    """
+    own = module.state_dict(keep_vars=True)
+    by_tensor: dict[int, list[str]] = {}
+    for name, value in own.items():
+        by_tensor.setdefault(id(value), []).append(name)
+    tied = {name: names for names in by_tensor.values() for name in names}
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    for name in source.places:
+        shapes |= dict.fromkeys(tied.get(name, ()), shapes[name])
+    _check_fit(module, shapes, str(source.where))
+    for name, tensor in source.read():
+        if change is not None:
+            tensor = change(name, tensor.to(device))
+        # A copy, since what is read is a view of the file.
+        value = tensor.to(device=device, dtype=own[name].dtype, copy=True)
+        parameter = nn.Parameter(value, requires_grad=own[name].requires_grad)
+        for other in tied[name]:
+            parent, _, leaf = other.rpartition(".")
+            holder = module.get_submodule(parent)
+            if leaf in holder._parameters:
+                holder._parameters[leaf] = parameter
+            else:
+                holder._buffers[leaf] = value
+
+
+class LazyTensors(Protocol):
+    """Named tensors that are read when asked for (`Source` is one)."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shape and dtype by name, in the order to write them."""
+        ...
+
+    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of those names, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A state dict as `LazyTensors`: floating tensors in `dtype` if given."""
+
+    tensors: Mapping[str, torch.Tensor]
+    dtype: torch.dtype | None = None
+
+    def _dtype(self, value: torch.Tensor) -> torch.dtype:
+        return self.dtype if self.dtype and value.is_floating_point() else value.dtype
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {k: Spec(tuple(v.shape), self._dtype(v)) for k, v in self.tensors.items()}
+
+    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in self.tensors if names is None else names:
+            value = self.tensors[name]
+            yield name, value.detach().to("cpu", self._dtype(value))
+
+
+def write_shards(folder: Path, stem: str, tensors: LazyTensors, limit: int = SHARD_BYTES) -> None:
+    """Write `stem`.safetensors, or above `limit` bytes numbered shards with an index.
+
+    Names and index are those of diffusers and transformers. One shard is held at a time.
+    """
+    specs = tensors.specs
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.bytes
+    folder.mkdir(parents=True, exist_ok=True)
+    index = folder / f"{stem}.safetensors.index.json"
+    if len(shards) == 1:
+        index.unlink(missing_ok=True)  # of an earlier, larger model: it would be read first
+        write_tensors(folder / f"{stem}.safetensors", dict(tensors.read()))
+        return
+    files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        write_tensors(folder / file, dict(tensors.read(names)))
+    total = sum(spec.bytes for spec in specs.values())
+    weight_map = {name: f for f, names in zip(files, shards, strict=True) for name in names}
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def index_files(index: Path) -> list[Path]:
+    """The shards that an index names, whether they are there or not."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise UserError(f"{index} has no weight_map from keys to files")
+    return [index.parent / name for name in sorted(set(shards.values()))]
+
+
+def transformer_json(config: WanConfig) -> dict[str, Any]:
+    """config.json of a diffusers `WanTransformer3DModel` (and our own fields if they differ)."""
+    raw = {**_FIXED, **asdict(config)}
+    raw["patch_size"] = list(config.patch_size)
+    for name in _OWN:
+        if raw[name] == WanConfig.__dataclass_fields__[name].default:
+            del raw[name]
+    return raw
+
+
+def save_transformer(
+    model: WanTransformer, folder: Path, dtype: torch.dtype | None, limit: int = SHARD_BYTES
+) -> None:
     """Write a folder that diffusers' `WanTransformer3DModel.from_pretrained` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**_FIXED, **asdict(model.config)}
-    config["patch_size"] = list(model.config.patch_size)
-    for name in _OWN:
-        if config[name] == WanConfig.__dataclass_fields__[name].default:
-            del config[name]
-    write_json(folder / "config.json", config)
-    write_tensors(folder / WEIGHTS, model.state_dict(), dtype)
+    write_json(folder / "config.json", transformer_json(model.config))
+    write_shards(folder, STEM, InMemory(model.state_dict(), dtype), limit)
 
 
-def _read_config(raw: Mapping[str, Any], path: Path) -> WanConfig:
+def read_transformer_config(raw: Mapping[str, Any], path: Path) -> WanConfig:
     """The fields of a config.json that are ours, type-checked; missing ones keep their default."""
+    for key in ("image_dim", "added_kv_proj_dim"):
+        if raw.get(key) is not None:
+            raise UserError(
+                f"{path}: {key}={raw[key]}: Wan image-to-video with a CLIP image branch is not "
+                "supported"
+            )
     values: dict[str, Any] = {}
     for f in fields(WanConfig):
         value = raw.get(f.name, f.default)
@@ -128,30 +266,36 @@ def _read_config(raw: Mapping[str, Any], path: Path) -> WanConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.exists():
-        return [WEIGHTS]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-        raise UserError(f"{index} has no weight_map from keys to files")
-    return sorted(set(shards.values()))
-
-
 def load_transformer(
     folder: Path, dtype: torch.dtype | None, device: torch.device
 ) -> WanTransformer:
     """Build a `WanTransformer` from such a folder (one file, or shards with an index)."""
-    raw = read_json(folder / "config.json")
-    for key in ("image_dim", "added_kv_proj_dim"):
-        if raw.get(key) is not None:
-            raise UserError(f"{folder}: {key}={raw[key]}: models with an image branch don't fit")
+    path = folder / "config.json"
+    config = read_transformer_config(read_json(path), path)
+    index = folder / f"{WEIGHTS}.index.json"
+    files = index_files(index) if index.exists() else [folder / WEIGHTS]
+    places: dict[str, tuple[TensorFile, str]] = {}
+    for file in map(open_tensors, files):
+        places |= {name: (file, name) for name in file.specs}
+    return build_transformer(config, Source(folder, places), dtype, device)
+
+
+def check_names(config: WanConfig, source: Source) -> None:
+    """UserError if a transformer of that configuration would not take the tensors of `source`."""
     with torch.device("meta"):
-        model = WanTransformer(_read_config(raw, folder / "config.json"))
-    names = _weight_files(folder)
-    model.to_empty(device="cpu")
-    tensors: dict[str, torch.Tensor] = {}
-    for name in names:
-        tensors |= read_tensors(folder / name)
-    load_strict(model, tensors, str(folder))
-    return model.to(device=device, dtype=dtype or torch.float32).eval()
+        model = WanTransformer(config)
+    _check_fit(model, {name: spec.shape for name, spec in source.specs.items()}, str(source.where))
+
+
+def build_transformer(
+    config: WanConfig,
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    change: Change | None = None,
+) -> WanTransformer:
+    """A transformer of that configuration with the tensors of `source`; float32 by default."""
+    with torch.device("meta"):
+        model = WanTransformer(config).cast(dtype or torch.float32)
+    load_module(model, source, device, change)
+    return model.eval()

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from aad1.core.flow import guide, sigma_grid
+from aad1.core.flow import guide
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
+from aad1.rollout.solvers import SolverName, grid, solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a teacher is sampled unless one says otherwise."""
+
+    steps: int = 50
+    guidance: float = 5.0
+    """uncond + guidance (cond - uncond); 1 is no guidance."""
+    shift: float = 5.0
+    solver: SolverName = "unipc"
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        grid(self.solver, self.steps, self.shift)  # refuses what cannot be
+        if not self.guidance >= 0:
+            raise UserError(f"guidance must be at least 0, got {self.guidance}")
 
 
 @torch.no_grad()
@@ -23,40 +42,52 @@ def sample(
     guidance_scale: float,
     keep: Sequence[float] = (),
     image: torch.Tensor | None = None,
+    solver_name: SolverName = "exact",
+    on_step: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euler on dx/dsigma = v over the exact grid shift(i / steps).
+    """One clip per row of noise; Euler on dx/dsigma = v over the exact grid unless told otherwise.
 
     noise [B, C, F, H, W]; text and null as the transformer takes them (null None: no guidance).
     keep: noise levels whose states are wanted; each must lie on the grid.
     image: clean first frames [B, C, f, H, W] that stay as they are, at sigma 0, for a teacher
         that was trained with clean first frames among others.
+    solver_name: "exact", "euler" or "unipc"; see `aad1.rollout.solvers`.
+    on_step: called with the number of steps done, after each.
     Returns (x0, states [B, len(keep), C, F, H, W]).
     """
-    grid = sigma_grid(steps, shift)
-    index = []
-    for level in keep:
-        nearest = int((grid - level).abs().argmin())
-        if abs(float(grid[nearest]) - level) > 1e-6:
-            raise UserError(
-                f"sigma {level} is not on the teacher's grid of {steps} steps with shift {shift}; "
-                f"the nearest is {float(grid[nearest]):.6f}"
-            )
-        index.append(nearest)
+    levels = grid(solver_name, steps, shift)
+    index = [_index(levels.sigmas, level, steps, shift) for level in keep]
     given = 0 if image is None else image.shape[2]
     x, states = noise, {}
     if image is not None:
         x = torch.cat([image, noise[:, :, given:]], 2)
+    take = solver(solver_name, levels.sigmas)
+    # Whole timesteps (UniPC's) survive the way to sigma and back in float64 only.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     for i in range(steps):
         if i in index:
             states[i] = x
-        sigma = torch.full((len(x),), float(grid[i]), device=x.device)
+        sigma = torch.full((len(x),), levels.shown[i], device=x.device, dtype=exact)
         if given:
             sigma = sigma[:, None].repeat(1, x.shape[2])
             sigma[:, :given] = 0
         v = teacher(x, sigma, text)
         if null is not None and guidance_scale != 1:
             v = guide(v, teacher(x, sigma, null), guidance_scale)
-        moved = x[:, :, given:] + float(grid[i + 1] - grid[i]) * v[:, :, given:]
+        moved = take.step(x[:, :, given:], v[:, :, given:].to(x.dtype))
         x = torch.cat([x[:, :, :given], moved], 2)
+        if on_step is not None:
+            on_step(i + 1)
+    states[steps] = x
     kept = torch.stack([states[i] for i in index], 1) if index else x[:, None][:, :0]
     return x, kept
+
+
+def _index(sigmas: Sequence[float], level: float, steps: int, shift: float) -> int:
+    nearest = min(range(steps + 1), key=lambda i: abs(sigmas[i] - level))
+    if abs(sigmas[nearest] - level) > 1e-6:
+        raise UserError(
+            f"sigma {level} is not on the teacher's grid of {steps} steps with shift {shift}; "
+            f"the nearest is {sigmas[nearest]:.6f}"
+        )
+    return nearest

@@ -32,7 +32,7 @@ class Batch:
 class TextEncoder(Protocol):
     """Prompts -> text rows [n, S, D]; rows past a prompt's end are zero."""
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor: ...
+    def __call__(self, prompts: list[str], /) -> torch.Tensor: ...
 
 
 class Conditioner:

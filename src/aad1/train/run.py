@@ -90,6 +90,7 @@ class Run:
                 f"{e.teacher} holds stage {self.teacher.info.stage!r}, a teacher is needed"
             )
         start = Pipeline.from_pretrained(e.init or e.teacher, device=self.device)
+        assert isinstance(self.teacher.text, WordEncoder)  # the small worlds have no other
         self.parent = start.info
         self.generator, self.text = start.transformer, self.teacher.text
         self.teacher.transformer.requires_grad_(False)

@@ -1,0 +1,101 @@
+"""A pipeline's video in the making: an iterator of frames, chunk by chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from aad1.errors import UserError
+from aad1.models.codec import DecoderStream
+from aad1.rollout.stream import seeded_noise
+
+if TYPE_CHECKING:
+    from aad1.pipeline import Pipeline
+
+
+class Stream:
+    """An iterator of uint8 frames [n, height, width, 3]; the first item has the image too.
+
+    prompt: assign a new one at any time, it holds from the next chunk on.
+    chunks: how many to make; None means endless. A chunk's cache pass runs only when the next
+    chunk is asked for.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        image: torch.Tensor | None,
+        prompt: str,
+        seed: int,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """image: latents [1, C, 1, h, w], or None for text to video at `size`."""
+        self.pipeline, self.image, self.seed = pipeline, image, seed
+        rollout = pipeline.rollout  # refuses a teacher now, not at the first chunk
+        codec = pipeline.codec
+        if image is None:
+            width, height = pipeline.check_size(size)
+            stride = codec.spatial_stride
+            self._shape = (codec.latent_channels, height // stride, width // stride)
+        else:
+            # A model trained to make its first chunk takes an image in its place.
+            rollout = replace(rollout, geometry=replace(rollout.geometry, first=1))
+            self._shape = (image.shape[1], image.shape[3], image.shape[4])
+        self.rollout = rollout
+        self.chunks: int | None = None
+        self.decode_seconds = 0.0
+        self.prompt = prompt
+        self._frames = self._run()
+
+    @property
+    def prompt(self) -> str:
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, value: str) -> None:
+        # Encoded now: unknown words are reported at once, and no chunk waits for it.
+        self._rows = self.pipeline.encode_prompt(value)
+        self._prompt = value
+
+    def frames(self, chunks: int) -> int:
+        """Video frames of the first `chunks` chunks, the image included."""
+        made = chunks if self.image is None else 1 + chunks
+        return self.pipeline.frames(self.rollout.geometry.frames(made))
+
+    def chunks_for(self, seconds: float) -> int:
+        """The fewest chunks that last `seconds`; UserError unless it is above 0 and finite."""
+        if not 0 < seconds < float("inf"):
+            raise UserError(f"seconds must be above 0, got {seconds}")
+        wanted = round(seconds * self.pipeline.info.fps)
+        each = self.rollout.geometry.chunk * self.pipeline.codec.temporal_stride
+        return 1 + max(0, -(-(wanted - self.frames(1)) // each))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        return next(self._frames)
+
+    def latents(self) -> Iterator[torch.Tensor]:
+        """Clean latents chunk by chunk, without the image, not decoded."""
+        device = self.pipeline.device
+        noise = seeded_noise([self.seed], self.rollout.geometry, self._shape, device)
+        return self.rollout.stream(self.image, lambda i: self._rows, noise, self.chunks)
+
+    def _run(self) -> Iterator[torch.Tensor]:
+        decoder: DecoderStream = self.pipeline.codec.stream()
+        before = [] if self.image is None else [self.image]
+        for x0 in self.latents():
+            yield self._decode(decoder, torch.cat([*before, x0], 2))
+            before = []
+
+    def _decode(self, decoder: DecoderStream, latents: torch.Tensor) -> torch.Tensor:
+        begin = time.perf_counter()
+        frames = decoder.decode(latents)[0].cpu()
+        self.decode_seconds += time.perf_counter() - begin
+        return frames
