@@ -128,9 +128,6 @@ def write_trajectories(
 
     Raises UserError if `out` was begun with other settings, or a level is not on the grid.
     """
-    index, parts = part
-    if not 0 <= index < parts:
-        raise UserError(f"--part must be i/n with 0 <= i < n, got {index}/{parts}")
     if config.from_image:
         raise UserError("trajectories.from_image needs clips; Wan's teacher draws its own frames")
     facts = {
@@ -140,19 +137,29 @@ def write_trajectories(
         "captions": f"{key(*captions):016x}",
     }  # fmt: skip
     begin(out, facts)
-    starts = range(0, config.clips, config.batch)
-    mine = [n for n in range(len(starts)) if n % parts == index]
-    for done, number in enumerate(mine, 1):
+    mine = shards_of_part(config, part)
+    for done, (number, clips) in enumerate(mine, 1):
         path = out / shard_name(number)
-        clips = range(starts[number], min(starts[number] + config.batch, config.clips))
         if read_header(path) is None:
             noise = torch.stack([_noise(seed, clip, shape) for clip in clips]).to(teacher.device)
             told = [[captions[clip % len(captions)]] for clip in clips]
             states = solve(teacher, conditioner, noise, told, sigmas, config, bf16=bf16)
             write_shard(path, states.numpy(), told, tensor="states")
         print(f"trajectory shards {done}/{len(mine)}", file=sys.stderr, flush=True)
-    sizes = [min(config.batch, config.clips - start) for start in starts]
-    return finish(out, facts, sizes)
+    return finish(out, facts, [len(clips) for _, clips in shards_of_part(config, (0, 1))])
+
+
+def shards_of_part(config: TrajectoryConfig, part: tuple[int, int]) -> list[tuple[int, range]]:
+    """(number, clips) of the shards that part i of n makes: every n-th from the i-th on.
+
+    UserError unless 0 <= i < n.
+    """
+    index, parts = part
+    if not 0 <= index < parts:
+        raise UserError(f"--part must be i/n with 0 <= i < n, got {index}/{parts}")
+    starts = range(0, config.clips, config.batch)
+    shards = [range(start, min(start + config.batch, config.clips)) for start in starts]
+    return [(n, clips) for n, clips in enumerate(shards) if n % parts == index]
 
 
 def begin(out: Path, facts: dict[str, Any]) -> None:

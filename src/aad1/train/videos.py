@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +14,13 @@ import numpy as np
 import torch
 
 from aad1.data.shards import read_header, shard_name, write_manifest, write_shard
-from aad1.data.text_store import TextStore
 from aad1.errors import UserError
-from aad1.models.codec import Codec, latent_frames
-from aad1.models.text import TextEncoder
+from aad1.models.codec import Codec
 from aad1.models.weights import read_json, write_json
+from aad1.train.wan_base import LoadText, VideoSize, store_prompts
 from aad1.worlds.folder import FolderClip, FolderWorld
 
 _ORIGIN = "origin.json"
-_PATCH = 2
-"""Wan's transformer takes patches of 2x2 latents, so sizes are multiples of 2 x 8 pixels."""
-
-LoadText = Callable[[], TextEncoder]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoSize:
-    """What every clip is brought to: scaled and cropped at the centre, resampled by its clock."""
-
-    width: int = 832
-    height: int = 480
-    frames: int = 81
-    fps: float = 16.0
-
-    def check(self, codec: Codec) -> None:
-        """UserError unless the codec and the transformer's patches divide it."""
-        step = _PATCH * codec.spatial_stride
-        for name in ("width", "height"):
-            size = getattr(self, name)
-            if size < 1 or size % step:
-                low = max(size // step * step, step)
-                near = f"{low} or {low + step}" if low < size else f"{low}"
-                raise UserError(f"{name} must be a multiple of {step}, got {size}; use {near}")
-        latent_frames(self.frames, codec.temporal_stride)
 
 
 def encode_videos(
@@ -76,7 +48,7 @@ def encode_videos(
 
     Raises UserError for a size off the grid, another origin, or a folder without usable clips.
     """
-    size.check(codec)
+    size.latent(codec.temporal_stride, codec.spatial_stride)
     if clips_per_shard < 1:
         raise UserError(f"clips per shard must be at least 1, got {clips_per_shard}")
     facts = origin | {"size": [size.width, size.height, size.frames, size.fps]}
@@ -95,7 +67,9 @@ def encode_videos(
     pending, copies = _pending(world.clips, done)
     skipped += copies
     captions = [world.clips[index].caption for _, index in pending]
-    _encode_prompts(out, captions, negative, load_text, origin)
+    store_prompts(
+        out / "text", captions, load_text, negative=negative, encoder=str(origin.get("text", ""))
+    )
 
     batch: list[tuple[str, FolderClip, np.ndarray[Any, Any]]] = []
     number = 1 + max((int(name.split("-")[1].split(".")[0]) for name, _ in shards), default=-1)
@@ -162,30 +136,6 @@ def _pending(
         if first[digest] == clip.path and key not in done:
             pending.append((key, index))
     return pending, copies
-
-
-def _encode_prompts(
-    out: Path, captions: list[str], negative: str, load_text: LoadText, origin: dict[str, Any]
-) -> None:
-    """Encode what is missing; the encoder is gone when this returns."""
-    wanted = [negative, *captions]
-    if (out / "text" / "index.json").exists():
-        store = TextStore(out / "text")
-        if store.negative != negative:
-            raise UserError(
-                f"{out} was begun with the negative prompt {store.negative!r}, now it is "
-                f"{negative!r}: remove it or change --out"
-            )
-        if not store.missing(wanted):
-            return
-    text = load_text()
-    store = TextStore.create(
-        out / "text", length=text.length, dim=text.dim, negative=negative,
-        encoder=str(origin.get("text", "")),
-    )  # fmt: skip
-    store.add(wanted, text)
-    del text
-    gc.collect()
 
 
 def _write(path: Path, batch: list[tuple[str, FolderClip, np.ndarray[Any, Any]]]) -> None:

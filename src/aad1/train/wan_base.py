@@ -6,14 +6,18 @@ A base folder has `transformer/`, `vae/`, `text_encoder/` and `tokenizer/`. A ru
 
 from __future__ import annotations
 
+import gc
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from aad1.data.text_store import TextStore
 from aad1.errors import UserError
-from aad1.models.codec import Codec, load_codec
+from aad1.models.codec import Codec, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.text import TextEncoder
 
@@ -23,6 +27,37 @@ NEGATIVE_PROMPT = (
     "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """What Wan 2.1 samples with as its negative prompt."""
+
+TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
+"""Of Wan 2.1's codec."""
+_PATCH = 2
+"""Wan's transformer takes patches of 2x2 latents, so sizes are multiples of 2 x 8 pixels."""
+
+LoadText = Callable[[], TextEncoder]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSize:
+    """What a clip is: pixels, video frames, frames a second."""
+
+    width: int = 832
+    height: int = 480
+    frames: int = 81
+    fps: float = 16.0
+
+    def latent(
+        self, temporal_stride: int = TEMPORAL_STRIDE, spatial_stride: int = SPATIAL_STRIDE
+    ) -> tuple[int, int, int]:
+        """(F, h, w) in latent space; UserError unless codec and patches divide the size."""
+        step = _PATCH * spatial_stride
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            if size < 1 or size % step:
+                low = max(size // step * step, step)
+                near = f"{low} or {low + step}" if low < size else f"{low}"
+                raise UserError(f"{name} must be a multiple of {step}, got {size}; use {near}")
+        frames = latent_frames(self.frames, temporal_stride)
+        return frames, self.height // spatial_stride, self.width // spatial_stride
 
 
 def part(base: Path, *names: str) -> Path:
@@ -58,6 +93,32 @@ def load_text_encoder(base: Path, device: torch.device) -> TextEncoder:
     part(base, "text_encoder")
     loaded: TextEncoder = encoder.from_pretrained(base, device=device)
     return loaded
+
+
+def store_prompts(
+    folder: Path, prompts: Sequence[str], load_text: LoadText, *, negative: str, encoder: str
+) -> TextStore:
+    """Embed the negative prompt and those of the prompts that `folder` has not yet.
+
+    load_text is called only if there are any; the encoder is gone when this returns.
+    encoder: what tells its weights from others. UserError if `folder` was begun differently.
+    """
+    wanted = [negative, *prompts]
+    if (folder / "index.json").exists():
+        store = TextStore(folder)
+        store = TextStore.create(
+            folder, length=store.length, dim=store.dim, negative=negative, encoder=encoder
+        )
+        if not store.missing(wanted):
+            return store
+    text = load_text()
+    store = TextStore.create(
+        folder, length=text.length, dim=text.dim, negative=negative, encoder=encoder
+    )
+    store.add(wanted, text)
+    del text
+    gc.collect()
+    return store
 
 
 def digest(folder: Path) -> str:
