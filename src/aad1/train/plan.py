@@ -132,7 +132,9 @@ def _clip(e: Experiment, data: WanData) -> Clip:
     _, p, q = e.model.patch_size
     for name, size, patch in (("width", data.width, q), ("height", data.height, p)):
         if size < 1 or size % (patch * SPATIAL_STRIDE):
-            raise UserError(f"data.{name} must be a multiple of {patch * SPATIAL_STRIDE}: {size}")
+            raise UserError(
+                f"data.{name} must be a multiple of {patch * SPATIAL_STRIDE}, got {size}"
+            )
     height, width = data.height // SPATIAL_STRIDE // p, data.width // SPATIAL_STRIDE // q
     return Clip(data.frames, height * width, e.text_length)
 
@@ -181,6 +183,8 @@ def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) ->
         roles.append(trained("discriminator", backbone_count, backbone_count - _count(idle)))
         n = _count(critic.head_parameters())
         roles.append(trained("its heads", n, n))
+    if e.monitor.early_stop and e.monitor.every:
+        roles.append(Role(name="best weights so far", parameters=own, weights=4 * own))
     return tuple(roles)
 
 

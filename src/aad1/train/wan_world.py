@@ -54,7 +54,7 @@ class StoredText:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write where the encoder is: it has 5.7 billion weights and never changes."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        where = {"_class_name": "UMT5EncoderModel", "base": str(self.base)}
+        where = {"_class_name": "UMT5EncoderModel", "base": str(self.base.resolve())}
         write_json(Path(folder) / "config.json", where | {"length": self.length, "dim": self.dim})
 
 
