@@ -166,14 +166,22 @@ def test_stage_one_reads_the_states_its_steps_need(data: Path, tiny_wan: Path) -
 
 def test_two_steps_bf16_and_ablations_train(chain: Path, data: Path, tiny_wan: Path,
                                             tmp_path: Path) -> None:  # fmt: skip
-    e = experiment("aad", tiny_wan, data, chain)
-    e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
-    for name, change in {
-        "two": dict(sigmas=(1.0, 0.8333333333333334)),
-        "causal": dict(discriminator=DiscriminatorConfig(taps=(1,), causal=True, per_frame=True)),
-        "bf16": dict(precision="bf16", checkpoint_blocks=False),
+    two = (1.0, 0.8333333333333334)
+    judge = DiscriminatorConfig(taps=(1,), causal=True, per_frame=True)
+    for stage, changes in {
+        "aad": [dict(sigmas=two), dict(discriminator=judge), dict(precision="bf16")],
+        "dmd": [dict(sigmas=two), dict(precision="bf16", checkpoint_blocks=False)],
+        "ode": [dict(sigmas=two, precision="bf16")],
     }.items():
-        assert (Run(replace(e, name=name, **change)).train() / "model_index.json").exists()  # type: ignore[arg-type]
+        e = experiment(stage, tiny_wan, data, chain)
+        e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
+        for i, change in enumerate(changes):
+            run = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
+            if stage == "dmd":  # the real score is frozen: bfloat16 is enough for it
+                frozen = run._teacher_network(trained=False)
+                assert frozen.dtype == (torch.bfloat16 if run.bf16 else torch.float32)
+                assert run._teacher_network(trained=True).dtype == torch.float32
+            assert (run.train() / "model_index.json").exists()
 
 
 def test_the_monitor_rolls_wan_clips_out(chain: Path, data: Path, tiny_wan: Path,
