@@ -7,20 +7,25 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from aad1 import __version__
+from aad1 import __version__, cli_data
 from aad1.errors import UserError
 from aad1.generate import Generate, generate, pair_loras
+
+if TYPE_CHECKING:
+    from aad1.train.plan import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a preset: `aad1 train sprites-dmd --optim.lr 1e-5`, or a run's own config.yaml.
 
-    `aad1 train --show` shows all presets; `aad1 train PRESET --help` its fields.
+    `aad1 train --show` shows all presets; `aad1 train PRESET --help` its fields. `aad1 train
+    wan14b-aad --dry-run --gpus 64` prints the config, and what the run takes (--gib, --tflops and
+    --mfu describe a GPU), and trains nothing.
     """
 
     name: tyro.conf.Positional[str] = ""
@@ -32,6 +37,8 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Write a world's clips as shards with a preview sheet.
+
+    For Wan there are `aad1 data videos`, `trajectories` and `lmdb`, each with its own --help.
 
     Example: aad1 data doom --out out/data/doom --clips 1000 --workers 2
     """
@@ -133,6 +140,12 @@ def train(args: Train, rest: Sequence[str]) -> None:
         return
     is_file = args.name.endswith((".yaml", ".yml"))
     default = read_record(Path(args.name)) if is_file else preset(args.name)
+    dry_run, rest = "--dry-run" in rest, [word for word in rest if word != "--dry-run"]
+    cluster: Cluster | None = None
+    if dry_run:
+        from aad1.train import plan
+
+        cluster, rest = tyro.cli(plan.Cluster, args=rest, return_unknown_args=True)
     chosen = tyro.cli(
         type(default),
         default=default,
@@ -140,6 +153,11 @@ def train(args: Train, rest: Sequence[str]) -> None:
         prog=f"aad1 train {args.name}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if cluster is not None:
+        from aad1.train.plan import describe
+
+        print(describe(chosen, cluster))
+        return
     try:
         Run(chosen).train()
     except NonFinite as error:
@@ -215,10 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"aad1 {__version__}")
         return 0
     warnings.formatwarning = _one_line
+    kind = args[1] if args[0] == "data" and len(args) > 1 else ""
     rest: list[str] = []
     if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
         args, rest = args[:2], args[2:]  # a preset has flags of its own
     try:
+        if kind in cli_data.KINDS:
+            cli_data.run(kind, args[2:])
+            return 0
         command: Any = tyro.cli(
             Command, args=args, prog="aad1", description="One-step streaming video from one image."
         )  # type: ignore[arg-type, call-overload]

@@ -6,10 +6,11 @@
         shard-00000.safetensors
         ...
 
-A shard holds one tensor whose first dimension counts clips - `video` (uint8 [N, T, H, W, 3]) or
-`latents` (float16 [N, C, F, h, w]) - and, in the safetensors metadata, the captions as JSON: one
-list per clip with one caption per chunk. Reading is lazy: a clip is sliced out of the memory map,
-so a folder may be far larger than memory.
+A shard holds one tensor whose first dimension counts clips - `video` (uint8 [N, T, H, W, 3]),
+`latents` (float16 [N, C, F, h, w]) or `states` (float16 [N, levels + 1, C, F, h, w], a teacher's
+trajectories from noise to the clean clip) - and, in the safetensors metadata, the captions as JSON:
+one list per clip with one caption per chunk, the last one holding for all chunks after it. Reading
+is lazy: a clip is sliced out of the memory map, so a folder may be far larger than memory.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def write_shard(
 ) -> None:
     """Write N clips to `path`, atomically.
 
-    array: [N, ...], uint8 [N, T, H, W, 3] under the name "video" or float16 [N, C, F, h, w] under
-        the name "latents".
+    array: [N, ...], uint8 [N, T, H, W, 3] under the name "video", float16 [N, C, F, h, w] under
+        the name "latents" or float16 [N, levels + 1, C, F, h, w] under the name "states".
     captions: N lists of captions, one per chunk.
     metadata: further strings for the file's header ("captions" is taken).
 
@@ -130,7 +131,7 @@ class ClipShards:
     The headers of all shards are checked on opening; tensor data is read when asked for.
 
     manifest: the parsed manifest.json.
-    tensor: name of the tensor in the shards, "video" or "latents".
+    tensor: name of the tensor in the shards, "video", "latents" or "states".
 
     Raises UserError that names the file if a shard is missing, cut short or does not hold what
     the manifest says.

@@ -6,14 +6,14 @@ import difflib
 from functools import lru_cache
 
 from aad1.errors import UserError
-from aad1.presets import doom, sprites
+from aad1.presets import doom, sprites, wan
 from aad1.train.config import Experiment
 
 
 @lru_cache(maxsize=1)
 def presets() -> dict[str, Experiment]:
     """All presets by name: <world>-<stage>[-<ablation>]."""
-    return sprites.experiments() | doom.experiments()
+    return sprites.experiments() | doom.experiments() | wan.experiments()
 
 
 def preset(name: str) -> Experiment:

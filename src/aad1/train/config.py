@@ -39,7 +39,27 @@ class LatentData:
     fps: float = 16.0
 
 
-DataConfig = SpritesData | LatentData
+@dataclass(frozen=True, kw_only=True)
+class WanData:
+    """Wan's latents and text embeddings, made beforehand and read clip by clip."""
+
+    train: Path = Path("out/data/wan")
+    """Clips (`aad1 data videos`), or trajectories, whose end points then are the clips."""
+    heldout: Path = Path("out/data/wan-heldout")
+    """Clips that are watched, not trained on; again either kind."""
+    trajectories: Path = Path("out/data/wan-trajectories")
+    """Stage I's trajectories (`aad1 data trajectories` or `aad1 data lmdb`)."""
+    base: Path = Path("models/Wan2.1-T2V-1.3B-Diffusers")
+    """Folder with Wan's codec (`vae/`)."""
+    fps: float = 16.0
+    width: int = 832
+    """Of a frame in pixels: what `--dry-run` reckons with; training takes it from the clips."""
+    height: int = 480
+    frames: int = 21
+    """Latent frames of a clip; as `width`."""
+
+
+DataConfig = SpritesData | LatentData | WanData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +177,9 @@ class Experiment:
     """auto (bf16 on CUDA, else fp32), fp32 or bf16: what autocast computes in."""
     compile: bool = False
     """Compile the transformer blocks (pays on long CUDA runs)."""
+    checkpoint_blocks: bool = False
+    """Keep only each block's input for the backward pass and run the block again there: memory of
+    one block rather than all, for a third more work."""
     log_every: int = 10
     sample_every: int = 0
     """Updates between sample sheets; 0: at the end only."""

@@ -79,6 +79,7 @@ class Validation:
 
     def __init__(self, world: World, clips: int) -> None:
         self.codec = world.codec
+        self.together = 1 if world.large else 32
         self.video, self.batch = world.heldout(clips)
         # Frechet distances need a covariance from each side; with fewer clips only motion is told.
         self.distances = clips >= LEAST_FOR_DISTANCES
@@ -93,7 +94,7 @@ class Validation:
         latents = self.batch.latents
         chunks = geometry.chunks(latents.shape[2]) - 1
         made = []
-        for index in torch.arange(len(latents)).split(32):
+        for index in torch.arange(len(latents)).split(self.together):
             numbers = index.tolist()
             captions = [self.batch.captions[i] for i in numbers]
             first = latents[numbers][:, :, : geometry.first]

@@ -77,5 +77,6 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
         change = orthogonalise(torch.stack(list(ahead))).to(params[0].dtype)
         rate = group["lr"] * 0.2 * max(shape) ** 0.5
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(change.unbind()), alpha=-rate)
+        weights: list[Tensor] = list(params)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(change.unbind()), alpha=-rate)

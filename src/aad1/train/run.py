@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
@@ -28,13 +29,15 @@ from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
 from aad1.train import checkpoint
-from aad1.train.config import Experiment
+from aad1.train.config import Experiment, WanData
 from aad1.train.log import RunLog
 from aad1.train.loop import Trainer
 from aad1.train.monitor import CollapseMonitor, Validation
 from aad1.train.record import to_plain, write_record
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
+from aad1.train.wan_base import load_transformer
+from aad1.train.wan_world import StoredText, WanWorld, describe, load_student
 
 STAGE_NAMES = {
     PretrainConfig: "teacher",
@@ -57,9 +60,15 @@ class Run:
         self.stage_name = STAGE_NAMES[type(e.stage)]
         self._ended = ""
         torch.manual_seed(e.seed)
-        self.world: World = open_world(e.data, e.seed, self.device)
+        self.world: World
         self.teacher: Pipeline | None = None
+        """The whole of a small world's teacher; Wan's network is loaded where it is needed."""
+        self.teacher_info: ModelInfo | None = None
         self.parent: ModelInfo | None = None
+        if isinstance(e.data, WanData):
+            self._from_wan(e.data)
+            return
+        self.world = open_world(e.data, e.seed, self.device)
         if self.stage_name == "teacher":
             self._fresh()
         else:
@@ -74,7 +83,7 @@ class Run:
         config = replace(e.model, in_channels=channels, out_channels=channels)
         self.generator = WanTransformer(config)
         self.generator.init_weights()
-        self.text = WordEncoder(
+        self.text: WordEncoder | StoredText = WordEncoder(
             WordEncoderConfig(words=self.world.words, length=e.text_length, dim=config.text_dim)
         )
         self.generator.to(self.device)
@@ -82,49 +91,91 @@ class Run:
 
     def _from_parent(self) -> None:
         e = self.experiment
-        if e.teacher is None:
-            raise UserError(f"{e.name} needs --teacher, the folder of a trained teacher")
-        self.teacher = Pipeline.from_pretrained(e.teacher, device=self.device)
-        if self.teacher.info.stage != "teacher":
-            raise UserError(
-                f"{e.teacher} holds stage {self.teacher.info.stage!r}, a teacher is needed"
-            )
-        start = Pipeline.from_pretrained(e.init or e.teacher, device=self.device)
+        folder = self._teacher_folder()
+        self.teacher = Pipeline.from_pretrained(folder, device=self.device)
+        self.teacher_info = _teacher_only(self.teacher.info, folder)
+        start = Pipeline.from_pretrained(e.init or folder, device=self.device)
         assert isinstance(self.teacher.text, WordEncoder)  # the small worlds have no other
         self.parent = start.info
         self.generator, self.text = start.transformer, self.teacher.text
         self.teacher.transformer.requires_grad_(False)
 
+    def _from_wan(self, data: WanData) -> None:
+        """The student from Wan's weights or an earlier stage; text is looked up, not encoded."""
+        e = self.experiment
+        folder = self._teacher_folder()
+        if self.stage_name == "teacher":
+            raise UserError(f"{e.name}: Wan comes trained, there is no stage 0 for it")
+        self.teacher_info = _teacher_only(describe(folder), folder)
+        world = WanWorld(data, e.seed, self.device)
+        e.geometry.chunks(world.frames)  # refuses clips that are no whole number of chunks
+        self.generator, self.parent = load_student(e.init or folder, self.device)
+        self.world, self.text = world, world.text
+        if self.text.dim != self.generator.config.text_dim:
+            raise UserError(
+                f"text embeddings have width {self.text.dim}, {e.init or folder} takes "
+                f"{self.generator.config.text_dim}"
+            )
+        self.conditioner = world.conditioner(e.geometry)
+
+    def _teacher_folder(self) -> Path:
+        e = self.experiment
+        if e.teacher is None:
+            raise UserError(f"{e.name} needs --teacher, the folder of a trained teacher")
+        return e.teacher
+
+    def _teacher_network(self, *, trained: bool) -> WanTransformer:
+        """The teacher's network: frozen, or float32 weights of its own to be trained.
+
+        Frozen, Wan's is in bfloat16 where that is what is computed in.
+        """
+        if self.teacher is not None:
+            frozen = self.teacher.transformer
+            return copy.deepcopy(frozen).requires_grad_(True) if trained else frozen
+        dtype = torch.bfloat16 if self.bf16 and not trained else torch.float32
+        network = load_transformer(self._teacher_folder(), self.device, dtype)
+        return network.requires_grad_(trained)
+
     def _stage(self, log: RunLog) -> tuple[Stage, Source, dict[str, nn.Module]]:
         e, config = self.experiment, self.experiment.stage
         modules: dict[str, nn.Module] = {"generator": self.generator}
+        if isinstance(config, OdeInitConfig):
+            ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
+            return ode, self._trajectories(log), modules
         source = self.world.train()
         if isinstance(config, PretrainConfig):
+            assert isinstance(self.text, WordEncoder)
             modules["text"] = self.text
             stage = Pretrain(self.generator, self.conditioner, self.text, config)
             return stage, source, modules
-        assert self.teacher is not None
-        if isinstance(config, OdeInitConfig):
-            states, captions = trajectories(
-                self.teacher, self.conditioner, source, e.sigmas, e.trajectories,
-                self.folder.parent / "trajectories", log, bf16=self.bf16,
-            )  # fmt: skip
-            source = ShardSource(states, captions, e.seed, self.device, trajectory=True)
-            ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
-            return ode, source, modules
         rollout = Rollout(self.generator, e.geometry, e.sigmas)
         run: RolloutFn = roll_out
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.world.large:
             run = GraphedRollout(roll_out)
-        teacher = self.teacher.transformer
         if isinstance(config, DmdConfig):
-            fake = copy.deepcopy(teacher).requires_grad_(True)
+            real = self._teacher_network(trained=False)
+            fake = self._teacher_network(trained=True)
             modules["fake_score"] = fake
-            return DmdWarmup(rollout, teacher, fake, self.conditioner, config, run), source, modules
-        backbone = copy.deepcopy(self.generator if e.discriminator.causal else teacher)
-        critic = Discriminator(backbone.requires_grad_(True), e.discriminator, e.geometry)
+            return DmdWarmup(rollout, real, fake, self.conditioner, config, run), source, modules
+        if e.discriminator.causal:
+            backbone = copy.deepcopy(self.generator).requires_grad_(True)
+        else:
+            backbone = self._teacher_network(trained=True)
+        critic = Discriminator(backbone, e.discriminator, e.geometry)
         modules["discriminator"] = critic.to(self.device)
         return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
+
+    def _trajectories(self, log: RunLog) -> Source:
+        """Stage I's trajectories: sampled now on a small world, beforehand for Wan."""
+        e = self.experiment
+        if isinstance(self.world, WanWorld):
+            return self.world.trajectories(e.sigmas)
+        assert self.teacher is not None
+        states, captions = trajectories(
+            self.teacher, self.conditioner, self.world.train(), e.sigmas, e.trajectories,
+            self.folder.parent / "trajectories", log, bf16=self.bf16,
+        )  # fmt: skip
+        return ShardSource(states, captions, e.seed, self.device, trajectory=True)
 
     # -- training -------------------------------------------------------------------------
 
@@ -147,6 +198,9 @@ class Run:
             bf16=self.bf16,
             critic_warmup=getattr(e.stage, "critic_warmup", 0),
         )  # fmt: skip
+        if e.checkpoint_blocks:
+            for module in modules.values():
+                checkpoint_blocks(module)
         monitor = CollapseMonitor(e.monitor)
         before = self._resume(trainer, monitor, log)
         write_record(e, self.folder / "config.yaml")
@@ -213,7 +267,7 @@ class Run:
         return {
             "kind": self.stage_name,
             "parent": self.parent.sha256 if self.parent else "",
-            "teacher": self.teacher.info.sha256 if self.teacher else "",
+            "teacher": self.teacher_info.sha256 if self.teacher_info else "",
             **{k: plain[k] for k in keep},
         }
 
@@ -263,8 +317,7 @@ class Run:
         e = self.experiment
         model = trainer.ema["generator"]
         assert isinstance(model, WanTransformer)
-        text = trainer.ema.get("text", self.text)
-        assert isinstance(text, WordEncoder)
+        text: Any = trainer.ema.get("text", self.text)
         height, width = self.world.size
         info = ModelInfo(
             world=self.world.name, width=width, height=height, fps=self.world.fps,
@@ -310,6 +363,29 @@ class Run:
         return made
 
 
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Have the transformer blocks inside run again in the backward pass (see the config's field).
+
+    What a block is given, cached K and V included, is never written to, so the second run is the
+    same. Call it last: a deep copy of the module would still run the first one's blocks.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.forward = _Checkpointed(block)  # type: ignore[method-assign, assignment]
+
+
+class _Checkpointed:
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return Block.forward(self.block, *args)
+        return activation_checkpoint(
+            Block.forward, self.block, *args, use_reentrant=False, preserve_rng_state=False
+        )
+
+
 @lru_cache(maxsize=1)
 def _compile_blocks() -> None:
     """Compile the transformer block for this process, once for all networks that use it."""
@@ -340,3 +416,9 @@ def _facts(info: ModelInfo | None) -> dict[str, Any] | None:
         return None
     parent = dict(info.parent) if info.parent else None
     return {"stage": info.stage, "updates": info.updates, "sha256": info.sha256, "parent": parent}
+
+
+def _teacher_only(info: ModelInfo, folder: Path) -> ModelInfo:
+    if info.stage != "teacher":
+        raise UserError(f"{folder} holds stage {info.stage!r}, a teacher is needed")
+    return info

@@ -15,7 +15,7 @@ from aad1.errors import UserError
 from aad1.models.codec import Codec, PixelCodec, load_codec
 from aad1.models.text import vocabulary
 from aad1.stages.base import Batch
-from aad1.train.config import DataConfig, LatentData, SpritesData
+from aad1.train.config import LatentData, SpritesData
 from aad1.worlds import sprites
 
 
@@ -54,6 +54,8 @@ class World:
     frames: int
     size: tuple[int, int]
     """Height and width of a video frame."""
+    large = False
+    """Clips too large to be rolled out many at a time, or to be captured in a CUDA graph."""
 
     def train(self) -> Source:
         raise NotImplementedError
@@ -148,8 +150,8 @@ class LatentWorld(World):
         return video, Batch(latents, self._heldout.captions[:count])
 
 
-def open_world(data: DataConfig, seed: int, device: torch.device) -> World:
-    """The world that a config describes."""
+def open_world(data: SpritesData | LatentData, seed: int, device: torch.device) -> World:
+    """The small world that a config describes (Wan's is `aad1.train.wan_world`)."""
     if isinstance(data, SpritesData):
         return SpritesWorld(data, seed, device)
     for folder in (data.train, data.heldout):

@@ -1,7 +1,8 @@
 """The world of a user's own clips: a folder of video files with a caption each.
 
-A caption is `name.txt` beside `name.mp4`, or a row of `captions.csv` (columns file, caption), or an
-entry of `captions.json` ({"name.mp4": "caption"}); of several, the first in this order counts.
+A caption is `name.txt` beside `name.mp4`, or a row of `captions.csv` (columns file, caption), or a
+line of `captions.jsonl` ({"file": "name.mp4", "caption": "..."}), or an entry of `captions.json`
+({"name.mp4": "caption"}); of several, the first in this order counts.
 """
 
 from __future__ import annotations
@@ -212,11 +213,11 @@ def _caption_of(path: Path, captions: dict[str, str]) -> str:
     for name in (path.name, path.stem):
         if captions.get(name):
             return captions[name]
-    raise UserError(f"no caption: neither {beside.name} nor captions.csv nor captions.json has one")
+    raise UserError(f"no caption: neither {beside.name} nor captions.csv, .jsonl or .json has one")
 
 
 def _read_captions(folder: Path) -> dict[str, str]:
-    """{file name: caption} of captions.json and captions.csv, the latter first in rank."""
+    """{file name: caption} of captions.json, .jsonl and .csv, the later ones first in rank."""
     found: dict[str, str] = {}
     path = folder / "captions.json"
     if path.is_file():
@@ -227,6 +228,21 @@ def _read_captions(folder: Path) -> dict[str, str]:
         if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
             raise UserError(f'{path} must be {{"name.mp4": "caption", ...}}')
         found |= data
+    path = folder / "captions.jsonl"
+    if path.is_file():
+        for number, line in enumerate(_read_text(path).split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, caption = row["file"], row["caption"]
+            except (json.JSONDecodeError, TypeError, KeyError):
+                name = caption = None
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise UserError(
+                    f'{path} line {number} must be {{"file": "name.mp4", "caption": "..."}}'
+                )
+            found[name] = caption
     path = folder / "captions.csv"
     if path.is_file():
         rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), skipinitialspace=True)

@@ -106,4 +106,5 @@ def test_rollouts_begin_with_the_real_frame_and_are_as_long(
     assert made.shape == validation.video.shape
     assert made.dtype == torch.uint8
     assert torch.equal(made[:, 0], validation.video[:, 0])
-    assert torch.equal(validation.decode(validation.rollouts(pipe)), made)  # fixed noise: checks are comparable
+    # Fixed noise: checks are comparable.
+    assert torch.equal(validation.decode(validation.rollouts(pipe)), made)

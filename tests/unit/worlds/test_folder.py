@@ -71,14 +71,19 @@ def test_another_rate_is_resampled(tmp_path: Path) -> None:
 
 
 def test_captions_from_tables_and_their_rank(tmp_path: Path) -> None:
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "e"):
         add(tmp_path, f"{name}.mp4", 5, 50)
     (tmp_path / "a.txt").write_text("from txt")
     (tmp_path / "captions.csv").write_text(
         'file,caption\na.mp4,from csv\nb.mp4,"from csv, quoted"\nc,from csv by stem\n'
     )
+    (tmp_path / "captions.jsonl").write_text(
+        '{"file": "e.mp4", "caption": "from\u2028jsonl"}\n\n{"file": "b", "caption": "jsonl"}\n'
+    )
     (tmp_path / "captions.json").write_text(
-        json.dumps({"b.mp4": "from json", "d.mp4": "from json", "gone.mp4": "x"})
+        json.dumps(
+            {"e.mp4": "from json", "b.mp4": "from json", "d.mp4": "from json", "gone.mp4": "x"}
+        )
     )
     world = FolderWorld(tmp_path, **SIZE, frames=5)
     found = {clip.path.name: clip.caption for clip in world.clips}
@@ -87,6 +92,7 @@ def test_captions_from_tables_and_their_rank(tmp_path: Path) -> None:
         "b.mp4": "from csv, quoted",
         "c.mp4": "from csv by stem",
         "d.mp4": "from json",
+        "e.mp4": "from jsonl",
     }
     assert [(s.path.name, s.reason) for s in world.skipped] == [
         ("gone.mp4", "has a caption but no video")
@@ -177,6 +183,9 @@ def test_folders_that_give_nothing(tmp_path: Path) -> None:
     [
         ("captions.json", "{", "is not valid JSON"),
         ("captions.json", "[1]", "must be {"),
+        ("captions.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file": 1}\n', "line 2 must be"),
+        ("captions.jsonl", "[1]", "line 1 must be"),
+        ("captions.jsonl", "walk", "line 1 must be"),
         ("captions.csv", "a.mp4,walk\n", "columns file, caption"),
         ("captions.csv", "file,caption\na.mp4,walk, then turn\n", "line 2 .*double quotes"),
         ("captions.csv", "file,caption\na.mp4\n", "line 2 .*columns"),

@@ -1,0 +1,341 @@
+"""`aad1 train PRESET --dry-run`: what a run of Wan takes, worked out without weights or data.
+
+Parameters are counted on networks without storage (torch's meta device). States - weights,
+gradients, AdamW's two moments (it keeps the first one even with beta1 = 0), averages - are what the
+trainer keeps. On one GPU that is all there is; for several the plan assumes that states are sharded
+over all of them, and the activations of a clip over a context-parallel group of at most 8, as many
+as divide the GPUs and every network's heads. Training on several GPUs itself is not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from aad1.core.chunks import Plan as AttentionPlan
+from aad1.core.chunks import bidirectional, block_causal, parallel_chunks
+from aad1.errors import UserError
+from aad1.models.discriminator import Discriminator
+from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.weights import read_json
+from aad1.stages.adversarial import AdversarialConfig
+from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.ode_init import OdeInitConfig
+from aad1.train import costs
+from aad1.train.config import Experiment, WanData
+from aad1.train.costs import Clip
+from aad1.train.record import to_plain
+from aad1.train.wan_base import SPATIAL_STRIDE
+
+GIB = 2**30
+MOST_CONTEXT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machine that `--dry-run` reckons with."""
+
+    gpus: int = 1
+    gib: float = 80.0
+    """Memory of a GPU."""
+    tflops: float = 989.0
+    """Peak of a GPU in 10^12 operations a second, bf16 and dense (989: H100; 148: H20)."""
+    mfu: float = 0.4
+    """Share of the peak that training reaches."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise UserError(f"--gpus must be at least 1, got {self.gpus}")
+        if self.gib <= 0 or self.tflops <= 0:
+            raise UserError(f"--gib and --tflops must be above 0, got {self.gib}, {self.tflops}")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu must be in (0, 1], got {self.mfu}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """The states of one network, in bytes."""
+
+    name: str
+    parameters: int
+    weights: int
+    gradients: int = 0
+    adam: int = 0
+    average: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.adam + self.average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes, in all; divide as `Cluster` says for one GPU.
+
+    activations: bytes by phase of an update, of one micro-batch; only the largest counts.
+    copies: bytes of weights in the precision of the arithmetic, on each GPU.
+    work: operations of one update. context: GPUs that share a clip.
+    """
+
+    roles: tuple[Role, ...]
+    activations: Mapping[str, float]
+    copies: int
+    work: float
+    warmup_work: float
+    context: int
+    clip: Clip
+    teacher: WanConfig
+
+
+def plan(e: Experiment, cluster: Cluster) -> Plan:
+    """The plan of an experiment on Wan's data. UserError for another world or a teacher's run."""
+    if not isinstance(e.data, WanData) or not isinstance(
+        e.stage, OdeInitConfig | DmdConfig | AdversarialConfig
+    ):
+        raise UserError(f"--dry-run knows the Wan presets; {e.name} is none")
+    clip = _clip(e, e.data)
+    e.geometry.chunks(clip.frames)
+    teacher = _config_of(e.teacher) or e.model
+    student = _config_of(e.init) or e.model
+    bf16 = e.precision != "fp32"
+    roles = _roles(e, student, teacher, bf16)
+    trained = [r for r in roles if r.gradients]
+    heads = {student.num_attention_heads}
+    if not isinstance(e.stage, OdeInitConfig):
+        heads.add(teacher.num_attention_heads)
+    copies = _copies(trained, student, teacher, bf16, cluster)
+    generator, critic = _work(e, student, teacher, clip)
+    micro = e.optim.batch * e.optim.accumulate
+    updates = getattr(e.stage, "critic_updates", 0)
+    return Plan(
+        roles=roles,
+        activations=_activations(e, student, teacher, clip, bf16),
+        copies=copies,
+        work=micro * (generator + updates * critic),
+        warmup_work=micro * getattr(e.stage, "critic_warmup", 0) * critic,
+        context=max(
+            c
+            for c in range(1, MOST_CONTEXT + 1)
+            if cluster.gpus % c == 0 and all(h % c == 0 for h in heads)
+        ),
+        clip=clip,
+        teacher=teacher,
+    )
+
+
+def _clip(e: Experiment, data: WanData) -> Clip:
+    _, p, q = e.model.patch_size
+    for name, size, patch in (("width", data.width, q), ("height", data.height, p)):
+        if size < 1 or size % (patch * SPATIAL_STRIDE):
+            raise UserError(
+                f"data.{name} must be a multiple of {patch * SPATIAL_STRIDE}, got {size}"
+            )
+    height, width = data.height // SPATIAL_STRIDE // p, data.width // SPATIAL_STRIDE // q
+    return Clip(data.frames, height * width, e.text_length)
+
+
+def _config_of(folder: Path | None) -> WanConfig | None:
+    """The architecture of a folder's transformer, if the folder is there."""
+    path = folder / "transformer" / "config.json" if folder else None
+    if path is None or not path.is_file():
+        return None
+    raw = read_json(path)
+    known = {k: raw[k] for k in WanConfig.__dataclass_fields__ if k in raw}
+    if "patch_size" in known:
+        known["patch_size"] = tuple(known["patch_size"])
+    return WanConfig(**known)
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) -> tuple[Role, ...]:
+    def trained(name: str, total: int, used: int, average: bool = False) -> Role:
+        return Role(
+            name=name, parameters=total, weights=4 * total, gradients=4 * used, adam=8 * used,
+            average=4 * total * average,
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        own = _count(list(WanTransformer(student).parameters()))
+        theirs = WanTransformer(teacher)
+        critic = None
+        if isinstance(e.stage, AdversarialConfig):
+            backbone = WanTransformer(student) if e.discriminator.causal else theirs
+            critic = Discriminator(backbone, e.discriminator, e.geometry)
+    roles = [trained("generator", own, own, average=True)]
+    if isinstance(e.stage, DmdConfig):
+        n = _count(list(theirs.parameters()))
+        roles.append(Role(name="real score", parameters=n, weights=(2 if bf16 else 4) * n))
+        roles.append(trained("fake score", n, n))
+    if critic is not None:
+        backbone_count = _count(list(critic.backbone.parameters()))
+        # What lies behind the last tap has no gradient, so no moments either.
+        idle = [*critic.backbone.proj_out.parameters(), critic.backbone.scale_shift_table]
+        for block in critic.backbone.blocks[e.discriminator.taps[-1] + 1 :]:
+            idle += list(block.parameters())
+        roles.append(trained("discriminator", backbone_count, backbone_count - _count(idle)))
+        n = _count(critic.head_parameters())
+        roles.append(trained("its heads", n, n))
+    if e.monitor.early_stop and e.monitor.every:
+        roles.append(Role(name="best weights so far", parameters=own, weights=4 * own))
+    return tuple(roles)
+
+
+def _copies(
+    trained: list[Role], student: WanConfig, teacher: WanConfig, bf16: bool, cluster: Cluster
+) -> int:
+    """Weights in the arithmetic's precision: autocast keeps a copy of the network in training;
+    sharded, two blocks are gathered at a time and what is outside the blocks."""
+    if cluster.gpus == 1:
+        return 2 * max(r.parameters for r in trained) if bf16 else 0
+    with torch.device("meta"):
+        most = 0
+        for config in (student, teacher):
+            one = WanTransformer(replace(config, num_layers=1))
+            block = _count(list(one.blocks.parameters()))
+            most = max(most, _count(list(one.parameters())) + block)
+    return (2 if bf16 else 4) * most
+
+
+def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> tuple[float, float]:
+    """Operations per clip of one generator update and of one critic update."""
+    geometry, again = e.geometry, e.checkpoint_blocks
+    if isinstance(e.stage, OdeInitConfig):
+        frames = clip.frames
+        causal = block_causal(geometry, frames)
+        if e.stage.context == "teacher_forcing":
+            context = costs.cache_pass(student, clip, causal, prompts=frames)
+            noisy = parallel_chunks(geometry, frames, frames, 1)
+            rest = costs.transformer(
+                student, clip, noisy, prompts=frames - geometry.first,
+                levels=frames - geometry.first,
+            )  # fmt: skip
+            return (context + rest).training(again), 0.0
+        whole = costs.transformer(student, clip, causal, prompts=frames, levels=frames)
+        return whole.training(again), 0.0
+    # The exit step is drawn evenly, so on average half of the further steps are run.
+    steps = (len(e.sigmas) + 1) / 2
+    rollout = costs.rollout(student, clip, geometry, steps).forward
+    replay = costs.replay(student, clip, geometry).training(again)
+    if isinstance(e.stage, DmdConfig):
+        score = costs.transformer(
+            teacher, clip, bidirectional(clip.frames), prompts=clip.frames
+        )  # fmt: skip
+        passes = 2 + (e.stage.guidance_scale != 1)
+        generator = rollout + passes * score.forward + replay
+        return generator, rollout + score.training(again)
+    assert isinstance(e.stage, AdversarialConfig)
+    backbone = student if e.discriminator.causal else teacher
+    judge = costs.discriminator(backbone, clip, geometry, e.discriminator)
+    relative = judge.forward * (e.stage.loss == "relativistic")
+    passes = 4 if e.stage.penalty_weight else 2
+    generator = rollout + judge.to_input(again) + relative + replay
+    return generator, rollout + passes * judge.training(again)
+
+
+def _activations(
+    e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip, bf16: bool
+) -> dict[str, float]:
+    """Bytes by phase for one micro-batch."""
+    g, frames, clips = e.geometry, clip.frames, e.optim.batch
+
+    def graph(model: WanConfig, attention: AttentionPlan, prompts: int, **more: int) -> float:
+        return costs.graph(
+            model, clip, attention, prompts=prompts, bf16=bf16, checkpointed=e.checkpoint_blocks,
+            **more,
+        )  # fmt: skip
+
+    if isinstance(e.stage, OdeInitConfig):
+        return {"generator": graph(student, block_causal(g, frames), frames, clips=clips)}
+    past = clips * costs.cache_bytes(student, clip, frames - g.chunk, bf16=bf16)
+    seen = len(g.kept(frames, g.chunk))
+    # Recording keeps each chunk's K and V and joins them at the end: twice the past for a moment.
+    phases: dict[str, float] = {
+        "rollout": 2 * past + clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
+    }
+    replay = costs.replay_plan(clip, g)
+    phases["generator"] = past + graph(student, replay, frames - g.first, clips=clips)
+    if isinstance(e.stage, DmdConfig):
+        phases["fake score"] = graph(teacher, bidirectional(frames), frames, clips=clips)
+        return phases
+    assert isinstance(e.stage, AdversarialConfig)
+    causal, layers = e.discriminator.causal, e.discriminator.taps[-1] + 1
+    seen_by = block_causal(g, frames) if causal else bidirectional(frames)
+    judge = student if causal else teacher
+    phases["generator, judged"] = past + graph(judge, seen_by, frames, clips=clips, layers=layers)
+    passes = 2 if e.stage.penalty_weight else 1
+    phases["discriminator"] = past + graph(
+        judge, seen_by, frames, clips=2 * clips, passes=passes, layers=layers
+    )
+    return phases
+
+
+# -- in words -------------------------------------------------------------------------------------
+
+
+def describe(e: Experiment, cluster: Cluster) -> str:
+    """The resolved config and the plan, as text."""
+    p = plan(e, cluster)
+    gpus, context = cluster.gpus, p.context
+    lines = [yaml.safe_dump(to_plain(e), sort_keys=False, allow_unicode=True).rstrip(), ""]
+    lines.append(
+        f"clip: {p.clip.frames} latent frames of {p.clip.tokens} tokens; batch "
+        f"{e.optim.batch * e.optim.accumulate} as {e.optim.batch} x {e.optim.accumulate}"
+    )
+    lines.append(
+        f"GPUs: {gpus} of {cluster.gib:g} GiB; states sharded over {gpus}, a clip over {context}"
+    )
+    if gpus > 1:
+        lines.append("(training runs on one GPU today; for several this is the plan)")
+    head = ("GiB per GPU", "parameters", "weights", "gradients", "Adam", "average", "total")
+    lines += ["", _row(*head)]
+    for role in p.roles:
+        figures = (role.weights, role.gradients, role.adam, role.average, role.total)
+        cells = [f"{x / gpus / GIB:.2f}" for x in figures]
+        lines.append(_row(role.name, f"{role.parameters / 1e9:.3f} G", *cells))
+    worst = max(p.activations, key=lambda name: p.activations[name])
+    states = sum(role.total for role in p.roles) / gpus
+    lines.append(_row("copies of weights", *[""] * 5, f"{p.copies / GIB:.2f}"))
+    for name, size in p.activations.items():
+        mark = " (largest)" if name == worst else ""
+        lines.append(f"activations, {name}{mark}: {size / context / GIB:.2f}")
+    total = (states + p.copies + p.activations[worst] / context) / GIB
+    verdict = "fits" if total <= cluster.gib else "does NOT fit"
+    lines.append(f"in all {total:.1f} GiB per GPU: {verdict} in {cluster.gib:g} GiB")
+    operations = e.optim.updates * p.work + p.warmup_work
+    seconds = operations / (gpus * cluster.tflops * 1e12 * cluster.mfu)
+    lines += [
+        "",
+        f"work: {p.work / 1e15:,.0f} PFLOP per update, {operations / 1e18:,.1f} EFLOP for "
+        f"{e.optim.updates} updates",
+        f"time: {_duration(seconds)} at {100 * cluster.mfu:g}% of {cluster.tflops:g} TFLOP/s per "
+        "GPU; checks, checkpoints and reading not counted",
+    ]
+    if isinstance(e.stage, OdeInitConfig):
+        t = e.trajectories
+        once = costs.transformer(
+            p.teacher, p.clip, bidirectional(p.clip.frames), prompts=p.clip.frames
+        ).forward
+        each = once * t.steps * (1 + (t.guidance_scale != 1))
+        seconds = 1000 * each / (gpus * cluster.tflops * 1e12 * cluster.mfu)
+        lines.append(
+            f"before it: {each / 1e15:,.0f} PFLOP a trajectory, {_duration(seconds)} for 1,000"
+        )
+    return "\n".join(lines)
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:20}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 172800 else f"{seconds / 86400:.1f} days"
