@@ -140,8 +140,9 @@ def test_the_environment_is_not_the_checkout(environment: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("model", packaged_models() or ["sprites"])
 def test_it_generates_from_the_packaged_model(
-    environment: Path, image: Path, tmp_path: Path, model: str
+    environment: Path, tmp_path: Path, model: str
 ) -> None:
+    image = PACKAGED / f"{model}_frames" / "00.png"  # a codec knows its own world's pictures only
     made = run(
         environment / "bin" / "aad1",
         *("generate", "--model", model, "--image", image, "--prompt", ""),
