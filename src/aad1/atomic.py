@@ -31,6 +31,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     with _temporary_folder(target) as folder:
         temporary = folder / f"new{target.suffix}"
         yield temporary
+        _open_to_others(temporary, folder)
         _sync_file(temporary)
         os.replace(temporary, target)
     _sync_folder(target.parent)
@@ -58,6 +59,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         yield new
         for file in new.rglob("*"):
             if file.is_file():
+                _open_to_others(file, folder)
                 _sync_file(file)
         if target.exists():
             os.replace(target, old)
@@ -78,6 +80,15 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_others(path: Path, folder: Path) -> None:
+    """Give a file that its writer kept private (safetensors makes 0600) what the umask admits."""
+    if path.exists() and path.stat().st_mode & 0o077 == 0:
+        probe = folder / "umask"
+        probe.touch()
+        path.chmod(probe.stat().st_mode)
+        probe.unlink()
 
 
 def _sync_file(path: Path) -> None:

@@ -63,11 +63,14 @@ def test_file_and_folder_get_the_permissions_of_the_umask(tmp_path: Path) -> Non
     try:
         with replace_file(tmp_path / "a.txt") as temporary:
             temporary.write_text("new")
-        with replace_folder(tmp_path / "b"):
-            pass
+        with replace_file(tmp_path / "private.bin") as temporary:
+            temporary.touch(0o600)  # as safetensors does
+        with replace_folder(tmp_path / "b") as folder:
+            (folder / "private.bin").touch(0o600)
     finally:
         os.umask(old)
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+    for name in ("a.txt", "private.bin", "b/private.bin"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640, name
     assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o750
 
 

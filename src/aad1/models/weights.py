@@ -83,10 +83,7 @@ def write_tensors(
         value = value.detach().cpu()
         out[key] = (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous()
     with replace_file(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of 0600
         save_file(out, temporary, metadata={"format": "pt", **(metadata or {})})
-        temporary.chmod(mode)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
