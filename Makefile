@@ -14,7 +14,7 @@ PYTEST_WORKERS ?= 2
 
 # The demo, any part of which can be named on the command line.
 MODEL ?= doom
-IMAGE ?= src/aad1/packaged/$(MODEL)_frames/01.png
+IMAGE ?= src/aad1/packaged/$(MODEL)_frames/00.png
 PROMPT ?= turn left
 CHUNKS ?= 10
 SEED ?= 0

@@ -5,7 +5,8 @@ set -euo pipefail
 CLIPS=${CLIPS:-6000} WORKERS=${WORKERS:-16} CODEC_MINUTES=${CODEC_MINUTES:-0} TEACHER_MINUTES=${TEACHER_MINUTES:-9.5}
 aad1 data doom --split heldout --clips 256 --seed 1 --workers "$WORKERS" --out out/data/doom-heldout
 aad1 data doom --split train --clips "$CLIPS" --workers "$WORKERS" --out out/data/doom
-# CODEC_MINUTES=0 takes the packaged codec, which the next line trained (2.4 minutes) and docs/log.md tells how its decoder was tuned.
+# CODEC_MINUTES=0 takes the packaged codec. The line below trained it (2.4 minutes); its decoder was then tuned for
+# sharpness on a CPU and blended half and half (train_codec.py --init --freeze-encoder --blend; docs/log.md has the figures).
 if [ "$CODEC_MINUTES" != 0 ]; then
   python runs/train_codec.py --data out/data/doom --heldout out/data/doom-heldout --out out/doom-codec --minutes "$CODEC_MINUTES" --texture 0.15 --compile
 else

@@ -78,6 +78,15 @@ def write_info(folder: Path, info: ModelInfo) -> None:
     write_json(folder / INDEX, {"format": FORMAT, **asdict(info)})
 
 
+CREDITS = {
+    "doom": "\nTrained on clips recorded with [ViZDoom](https://vizdoom.farama.org) (MIT License)\n"
+    "from the maps of [Freedoom](https://freedoom.github.io) (BSD 3-Clause License, Copyright\n"
+    "2001-2024 Contributors to the Freedoom project); whoever passes these weights on passes on\n"
+    "Freedoom's notice too.\n",
+}
+"""What a world's makers ask to be said wherever weights made from it go."""
+
+
 def model_card(info: ModelInfo, parameters: int) -> str:
     """README.md of a pipeline folder: what it is, how to use it, where it comes from."""
     begins = '"a prompt"' if info.text_to_video else '"frame.png", "a prompt"'
@@ -110,4 +119,5 @@ def model_card(info: ModelInfo, parameters: int) -> str:
         "```python\nimport aad1\n\n"
         f'pipe = aad1.Pipeline.from_pretrained("path/to/this/folder")\n{call}\n```\n\n'
         "All weights are safetensors files; `model_index.json` holds the facts above.\n"
+        + CREDITS.get(info.world, "")
     )

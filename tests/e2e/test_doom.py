@@ -72,3 +72,11 @@ def test_every_packaged_frame_has_a_caption_the_model_knows(pipe: Pipeline) -> N
     assert all(set(caption.split()) <= known for caption in captions.values())
     sizes = {Image.open(Path(path)).size for path in FRAMES}
     assert sizes == {(pipe.info.width, pipe.info.height)}
+
+
+def test_its_cards_name_the_makers_of_the_game() -> None:
+    for folder in ("doom", "doom_frames"):
+        card = (PACKAGED / folder / "README.md").read_text()
+        assert "Freedoom" in card
+        assert "ViZDoom" in card
+        assert "BSD 3-Clause" in card

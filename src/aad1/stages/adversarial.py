@@ -166,21 +166,25 @@ class Adversarial:
 
     @torch.no_grad()
     def heldout_gap(
-        self, real: torch.Tensor, fake: torch.Tensor, captions: list[list[str]]
+        self, real: torch.Tensor, fake: torch.Tensor, captions: list[list[str]], together: int = 32
     ) -> torch.Tensor:
         """Mean logit of real clips minus that of generated ones, both [B, C, F, H, W].
 
-        Neither may have been trained on. Five noise levels spread over the trained interval, the
-        same noise for both: a gap near 0 says that the discriminator has nothing to teach yet, a
-        large one that it wins on details (docs/log.md).
+        Neither may have been trained on. The clips take turns at five noise levels spread over the
+        last step's interval, real and generated at the same noise: a gap near 0 says that the
+        discriminator has nothing to teach yet, a large one that it wins on details (docs/log.md).
+        together: clips judged at once, twice that many in memory.
         """
-        text = self.conditioner(captions, real.shape[2])
+        low, high = self.interval(len(self.rollout.sigmas) - 1)
+        turn = torch.arange(len(real), device=real.device) % 5
+        tau = low + (high - low) * (0.1 + 0.2 * turn)
         rng = torch.Generator(device=real.device).manual_seed(0)
         gaps = []
-        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-            low, high = self.interval(len(self.rollout.sigmas) - 1)
-            tau = torch.full((len(real),), low + (high - low) * share, device=real.device)
-            noise = randn(real.shape, real, rng)
-            logits = [self.discriminator(add_noise(x, noise, tau), tau, text) for x in (real, fake)]
-            gaps.append(logits[0].mean() - logits[1].mean())
-        return torch.stack(gaps).mean()
+        for index in torch.arange(len(real), device=real.device).split(together):
+            text = self.conditioner([captions[i] for i in index.tolist()], real.shape[2])
+            noise = randn(real[index].shape, real, rng)
+            pair = torch.cat([add_noise(x[index], noise, tau[index]) for x in (real, fake)])
+            logits = self.discriminator(pair, tau[index].repeat(2), torch.cat([text, text]))
+            one, other = logits.chunk(2)
+            gaps.append((one - other).flatten(1).mean(1) if one.dim() > 1 else one - other)
+        return torch.cat(gaps).mean()

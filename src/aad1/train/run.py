@@ -227,7 +227,10 @@ class Run:
                 values = validation.measure(validation.decode(latents))
                 if isinstance(stage, Adversarial):
                     real = validation.batch
-                    gap = stage.heldout_gap(real.latents, latents, real.captions)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                        gap = stage.heldout_gap(
+                            real.latents, latents, real.captions, validation.together
+                        )
                     values["heldout_gap"] = float(gap)
                 monitor.check(update, values["M"], trainer.ema["generator"])
                 log.values(update, values, "monitor")

@@ -18,7 +18,7 @@ from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
 from aad1.stages.base import Batch, Conditioner, SelfRollout, noise_from, randn, uniform
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
-from aad1.stages.losses import generator_adversarial_loss
+from aad1.stages.losses import discriminator_loss, generator_adversarial_loss
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
 
@@ -245,6 +245,34 @@ def test_discriminator_step_moves_no_generator_weight_and_separates() -> None:
         gaps.append(float(logs["gap"]))
     assert gaps[-1] > gaps[0] + 0.5
     assert all(p.grad is None for p in stage.rollout.model.parameters())
+
+
+def test_heldout_gap_grows_as_the_discriminator_learns_and_has_a_sign() -> None:
+    stage, data = adversarial(AdversarialConfig(penalty_weight=0.0)), batch()
+    fake = 0.5 * data.latents.flip(0)
+
+    def gap(together: int = 32) -> float:
+        return float(stage.heldout_gap(data.latents, fake, data.captions, together))
+
+    before = gap()
+    assert gap() == before  # checks are comparable
+    optimizer = torch.optim.Adam(stage.discriminator.parameters(), lr=1e-3)
+    for _ in range(20):
+        tau = uniform(3, fake, rng())
+        text = conditioner()(data.captions, FRAMES)
+        real, made = (
+            stage.discriminator(add_noise(x, randn(x.shape, x, rng()), tau), tau, text)
+            for x in (data.latents, fake)
+        )
+        optimizer.zero_grad()
+        discriminator_loss(real, made).backward()
+        optimizer.step()
+    assert gap() > before + 0.3
+    swapped = stage.heldout_gap(fake, data.latents, data.captions)
+    assert float(swapped) == pytest.approx(-gap(), abs=1e-5)
+    whole = [float(stage.heldout_gap(data.latents[:1], fake[:1], data.captions[:1], n))
+             for n in (1, 32)]  # fmt: skip
+    assert whole[0] == whole[1]
 
 
 def test_penalty_weight_scales_the_penalty() -> None:
