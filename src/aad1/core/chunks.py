@@ -30,6 +30,9 @@ class ChunkGeometry:
     """Positions count from the start of the visible set (True) or of the video (False)."""
 
     def __post_init__(self) -> None:
+        for name in ("chunk", "sink", "window", "first"):
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         for name, low in (("chunk", 1), ("sink", 0), ("first", 1)):
             if getattr(self, name) < low:
                 raise UserError(f"{name} must be at least {low}, got {getattr(self, name)}")

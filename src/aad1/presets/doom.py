@@ -11,6 +11,7 @@ from pathlib import Path
 
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
+from aad1.presets.ablations import ablations
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.ode_init import OdeInitConfig
@@ -36,7 +37,7 @@ MODEL = WanConfig(
 
 
 def experiments() -> dict[str, Experiment]:
-    """teacher, ode, dmd and aad on doom, and the headline ablations."""
+    """teacher, ode, dmd and aad on doom, and the paper's ablations."""
     out = Path("out")
     taps = DiscriminatorConfig(taps=(4, 6, 9))
     teacher = Experiment(
@@ -88,12 +89,4 @@ def experiments() -> dict[str, Experiment]:
             warmup=30, schedule="cosine", ema=0.98,
         ),
     )  # fmt: skip
-    runs = [teacher, ode, dmd, aad]
-    for name, change in {
-        "causal_frame": replace(taps, causal=True, per_frame=True),
-        "causal_video": replace(taps, causal=True),
-        "bidirectional_frame": replace(taps, per_frame=True),
-    }.items():
-        runs.append(replace(aad, name=f"doom-aad-{name}", discriminator=change))
-    runs.append(replace(aad, name="doom-aad-no_warmup", init=out / "doom-ode" / "final"))
-    return {r.name: r for r in runs}
+    return {r.name: r for r in (teacher, ode, dmd, aad, *ablations(ode, dmd, aad))}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
+from aad1.presets.ablations import ablations
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.ode_init import OdeInitConfig
@@ -135,25 +136,7 @@ def chain(scale: Scale) -> dict[str, Experiment]:
         init=out / f"{p}-dmd" / "final",
     )  # fmt: skip
     runs = {r.name: r for r in (teacher, ode, dmd, aad)}
-    for name, change in {
-        "causal_frame": DiscriminatorConfig(taps=scale.taps, causal=True, per_frame=True),
-        "causal_video": DiscriminatorConfig(taps=scale.taps, causal=True),
-        "bidirectional_frame": DiscriminatorConfig(taps=scale.taps, per_frame=True),
-    }.items():
-        run = replace(aad, name=f"{p}-aad-{name}", discriminator=change)
-        runs[run.name] = run
-    run = replace(aad, name=f"{p}-aad-no_warmup", init=out / f"{p}-ode" / "final")
-    runs[run.name] = run
-    for weight in (0, 5, 20, 50, 200):
-        stage = replace(scale.adversarial, penalty_weight=float(weight))
-        run = replace(aad, name=f"{p}-aad-penalty_{weight}", stage=stage)
-        runs[run.name] = run
-    two = (1.0, 0.8333333333333334)
-    for run in (ode, dmd, aad):
-        steps = replace(run, name=f"{run.name}-two_steps", sigmas=two)
-        if run.init:
-            steps = replace(steps, init=Path(f"{run.init.parent}-two_steps") / "final")
-        runs[steps.name] = steps
+    runs |= {r.name: r for r in ablations(ode, dmd, aad)}
     return runs
 
 

@@ -80,6 +80,8 @@ def write_record(experiment: Experiment, path: Path) -> None:
 
 def read_record(path: Path) -> Experiment:
     """The experiment of a config.yaml; UserError names the wrong field."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; a run's record is out/<run>/config.yaml")
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
