@@ -180,8 +180,9 @@ class Adversarial:
         tau = low + (high - low) * (0.1 + 0.2 * turn)
         rng = torch.Generator(device=real.device).manual_seed(0)
         gaps = []
-        for index in torch.arange(len(real), device=real.device).split(together):
-            text = self.conditioner([captions[i] for i in index.tolist()], real.shape[2])
+        for start in range(0, len(real), together):
+            index = slice(start, start + together)
+            text = self.conditioner(captions[index], real.shape[2])
             noise = randn(real[index].shape, real, rng)
             pair = torch.cat([add_noise(x[index], noise, tau[index]) for x in (real, fake)])
             logits = self.discriminator(pair, tau[index].repeat(2), torch.cat([text, text]))
