@@ -42,6 +42,10 @@ class LiveModel(Protocol):
         """A prompt, ready for `generate`."""
         ...
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that have no effect."""
+        ...
+
     def begin(self, image: ImageLike | None, seed: int) -> Any:
         """The point before the first chunk."""
         ...
