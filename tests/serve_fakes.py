@@ -17,10 +17,8 @@ FPS = 16.0
 class FakeModel:
     """Frame k of chunk i under text t is filled with [k, i, t]; a point is the texts so far."""
 
-    fps = FPS
-
-    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
-        self.wait = wait
+    def __init__(self, wait: Callable[[], None] = lambda: None, fps: float = FPS) -> None:
+        self.wait, self.fps = wait, fps
         self.made: list[tuple[Any, ...]] = []
 
     def encode(self, prompt: str) -> Any:

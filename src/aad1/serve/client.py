@@ -8,6 +8,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,10 +83,13 @@ class LiveClient:
         self._answers: dict[int, dict[str, Any]] = {}
         self._ids = itertools.count(1)
         self._ended = False
+        self._stack = ExitStack()
         try:
-            self._socket = connect(
-                address, open_timeout=timeout, max_size=2**26, compression=None, proxy=None
-            )
+            connection = connect(
+                address, open_timeout=timeout, close_timeout=1, max_size=2**26, compression=None,
+                proxy=None,
+            )  # fmt: skip
+            self._socket = self._stack.enter_context(connection)
         except (OSError, WebSocketException) as error:
             raise UserError(f"no live server at {url}: {error}") from None
         self.hello = self._hello()
@@ -102,7 +106,13 @@ class LiveClient:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        """Say goodbye; frames that were not read are dropped."""
+        from websockets.exceptions import ConnectionClosed
+
+        with suppress(TimeoutError, ConnectionClosed):
+            while True:  # the answer to the goodbye comes after what waits here
+                self._socket.recv(0)
+        self._stack.close()
 
     # -- commands -------------------------------------------------------------------------
 
@@ -158,9 +168,14 @@ class LiveClient:
 
     def command(self, command: dict[str, Any], payload: bytes = b"") -> dict[str, Any]:
         """Send any command and wait for its answer. ServerError if it is refused."""
+        from websockets.exceptions import ConnectionClosed
+
         number = next(self._ids)
         command = {**command, "id": number}
-        self._socket.send(protocol.pack(command, payload) if payload else json.dumps(command))
+        try:
+            self._socket.send(protocol.pack(command, payload) if payload else json.dumps(command))
+        except ConnectionClosed as error:
+            raise UserError(f"the connection has ended: {error}") from None
         deadline = time.perf_counter() + self.timeout
         while number not in self._answers:
             self._receive(deadline)
@@ -215,7 +230,7 @@ class LiveClient:
             self._receive(deadline)
         event = self.events.popleft()
         if event["type"] == "error":
-            self._socket.close()
+            self._stack.close()
             raise ServerError(event["code"], event["message"])
         return event
 

@@ -36,7 +36,8 @@ class Serve:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; auto is bfloat16 for Wan's networks on cuda and float32 otherwise."""
     threads: int = 0
-    """CPU threads of the network; 0 leaves the choice to torch."""
+    """CPU threads of the network; 0 takes all cores but one, which is left to the server and to the
+    browser: networks that share their last core with them become slow and uneven."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach needs --token."""
     port: int = 8000
@@ -107,10 +108,10 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     pack = packer(args.format, args.quality)
     if args.threads < 0:
         raise UserError(f"--threads must be at least 0, got {args.threads}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     folder = find_model(args.model)
     device = pick_device(args.device)
+    if args.threads or device.type == "cpu":
+        torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
     large = is_wan(folder) or read_info(folder).world == WORLD
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and large and device.type == "cuda")
     pipeline = Pipeline.from_pretrained(

@@ -41,8 +41,6 @@ class Limits:
     recording_seconds: float = 600.0
     recordings: int = 16
     """Finished recordings that are kept; the oldest go first."""
-    chunks: int = 30
-    """Of a one-shot video."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -83,6 +81,10 @@ def open_picture(data: bytes, width: int, height: int, limits: Limits) -> Pixels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ProtocolError(
+            "too_large", f"the picture has more than {limits.image_pixels:,} pixels"
+        ) from None
     except Exception:  # Pillow's readers fail with almost any exception
         raise ProtocolError(
             "bad_image", f"not a picture in a format that is taken ({', '.join(FORMATS)})"

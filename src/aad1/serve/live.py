@@ -219,15 +219,17 @@ class Live:
         for listener in self.listeners:
             listener.frame(frame)
         if self._recorder is not None and not self._recorder.add(frame.pixels):
-            self._spawn(self._end_full_recording())
+            full, self._recorder = self._recorder, None
+            self._spawn(self._end_recording(full))
 
-    async def _end_full_recording(self) -> None:
+    async def _end_recording(self, full: Recorder) -> None:
+        """One that is as long as allowed, or that the disk is too slow for."""
         try:
-            name, frames = await self.finish_recording()
+            frames = await asyncio.to_thread(full.finish)
         except UserError as error:
             self._tell({"type": "error", "code": "recording_failed", "message": str(error)})
         else:
-            self._tell(recorded(name, frames, self.core.fps))
+            self._tell(recorded(full.path.name, frames, self.core.fps))
 
     async def _make(self, job: Job) -> None:
         try:

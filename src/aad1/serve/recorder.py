@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from aad1.errors import UserError
@@ -27,9 +28,13 @@ class Recorder:
 
     def _write(self, fps: float) -> None:
         try:
-            write_video(self.path, iter(self._queue.get, None), fps)
-        except (UserError, OSError) as error:
+            write_video(self.path, self._frames(), fps)
+        except Exception as error:  # of a codec or a disk: whatever it is, the user is told
             self._error = UserError(f"the recording could not be written: {error}")
+
+    def _frames(self) -> Iterator[Pixels]:
+        while (frame := self._queue.get()) is not None:
+            yield frame
 
     def add(self, pixels: Pixels) -> bool:
         """Take one frame; False if the recording cannot go on: it is full, or the disk is slow."""

@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Request, Response, UploadFile, WebSocket
+from fastapi import (
+    FastAPI,
+    File,
+    Form,
+    Request,
+    Response,
+    UploadFile,
+    WebSocket,
+    WebSocketDisconnect,
+)
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel
@@ -25,6 +34,8 @@ from aad1.serve.protocol import ProtocolError
 from aad1.serve.viewer import Controller, Outbox
 
 STATIC = Path(__file__).parent / "static"
+MOST_CHUNKS = 30
+"""Of a one-shot video."""
 SEND_SECONDS = 20.0
 """A client that takes no message for so long is gone."""
 HTTP = {
@@ -171,7 +182,7 @@ def _api(app: FastAPI, hub: Hub) -> None:
         prompt: Annotated[str, Form(max_length=protocol.MAX_PROMPT)],
         image: Annotated[UploadFile | None, File(description="PNG, JPEG or WebP")] = None,
         sample: Annotated[str | None, Form(max_length=100)] = None,
-        chunks: Annotated[int, Form(ge=1, le=limits.chunks)] = 5,
+        chunks: Annotated[int, Form(ge=1, le=MOST_CHUNKS)] = 5,
         seed: Annotated[int, Form(ge=0, le=protocol.MAX_SEED)] = 0,
     ) -> Response:
         """An image and a prompt -> a video. Give an image, or the name of a sample."""
@@ -194,7 +205,7 @@ def _websocket(app: FastAPI, hub: Hub) -> None:
         try:
             live = hub.open() if session is None else hub.find(session)
         except ProtocolError as error:
-            with contextlib.suppress(RuntimeError):  # it may have gone already
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it may have gone
                 await socket.send_json(error.message())
                 await socket.close(CLOSE[error.code], str(error))
             return
@@ -220,7 +231,7 @@ def _websocket(app: FastAPI, hub: Hub) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
             if owner:
                 await hub.leave(live)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
                 await socket.close(1000)
 
 
