@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -79,8 +80,9 @@ def serve(args: Serve) -> None:
         print(f"aad1 live: {url}  (Ctrl-C stops)", flush=True)
         if args.open:
             _open_browser(url)
-        server.run(sockets=[sock])
-    if not app.state.hub.ready:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down; that is how to stop
+            server.run(sockets=[sock])
+    if app.state.hub.failed:
         raise SystemExit(1)  # the reason is on stderr already
 
 

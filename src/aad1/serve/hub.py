@@ -33,7 +33,7 @@ class Hub:
         self.facts, self.limits = facts, limits
         self.engine = Engine(model, pack)
         self.sessions: dict[str, Live] = {}
-        self.ready = False
+        self.ready = self.failed = False
         self.on_fatal: Callable[[], None] = lambda: None
         self._folder = tempfile.TemporaryDirectory(prefix="aad1-recordings-")
         self._images = Bucket(limits.images_per_minute / 60, limits.images_per_minute / 6)
@@ -54,6 +54,7 @@ class Hub:
             await self.engine.warm(image, prompt)
         except Exception as error:
             print(f"aad1: the model could not warm up: {error}", file=sys.stderr)
+            self.failed = True
             self.on_fatal()
         else:
             self.ready = True
