@@ -248,6 +248,7 @@ class Session:
         self._ahead = _Chunk(frames=made, job=job, after=after)
         if not self._showing and self.status == "running":
             self._reanchor(now)
+            self._due = now if self._due is None else self._due
         return True
 
     def fail(self, job: Job) -> None:
