@@ -42,6 +42,7 @@ test: .venv/.development
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadscope --cov --cov-report=term
+	@$(RUN) tests/browser/find.py
 
 setup: .venv/.development
 

@@ -14,6 +14,7 @@ import tyro
 from aad1 import __version__, cli_data
 from aad1.errors import UserError
 from aad1.generate import Generate, generate, pair_loras
+from aad1.serve.command import Serve, serve
 
 if TYPE_CHECKING:
     from aad1.train.plan import Cluster
@@ -119,6 +120,7 @@ class Convert:
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Encode, tyro.conf.subcommand("encode")]
@@ -214,6 +216,7 @@ def convert(args: Convert) -> None:
 
 RUN: dict[type, Callable[[Any], None]] = {
     Generate: generate,
+    Serve: serve,
     Data: data,
     Encode: encode,
     Export: export,

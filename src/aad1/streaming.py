@@ -11,7 +11,7 @@ import torch
 
 from aad1.errors import UserError
 from aad1.models.codec import DecoderStream
-from aad1.rollout.stream import seeded_noise
+from aad1.rollout.stream import Noise, seeded_noise
 
 if TYPE_CHECKING:
     from aad1.pipeline import Pipeline
@@ -81,11 +81,14 @@ class Stream:
     def __next__(self) -> torch.Tensor:
         return next(self._frames)
 
+    def noise(self) -> Noise:
+        """The noise of this stream's seed, for any chunk."""
+        device = self.pipeline.device
+        return seeded_noise([self.seed], self.rollout.geometry, self._shape, device)
+
     def latents(self) -> Iterator[torch.Tensor]:
         """Clean latents chunk by chunk, without the image, not decoded."""
-        device = self.pipeline.device
-        noise = seeded_noise([self.seed], self.rollout.geometry, self._shape, device)
-        return self.rollout.stream(self.image, lambda i: self._rows, noise, self.chunks)
+        return self.rollout.stream(self.image, lambda i: self._rows, self.noise(), self.chunks)
 
     def _run(self) -> Iterator[torch.Tensor]:
         decoder: DecoderStream = self.pipeline.codec.stream()

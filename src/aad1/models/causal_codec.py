@@ -20,6 +20,7 @@ over space would make a frame depend on its size.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from dataclasses import dataclass
@@ -414,3 +415,7 @@ class CausalStream:
             self._started = True
             pixels = pixels[:, :, GROUP - 1 :]
         return to_uint8(pixels)
+
+    def fork(self) -> CausalStream:
+        """A stream that goes on from here; states are replaced, never written to."""
+        return copy.copy(self)

@@ -38,6 +38,10 @@ class DecoderStream(Protocol):
         """
         ...
 
+    def fork(self) -> DecoderStream:
+        """A second stream that stands where this one does; neither disturbs the other."""
+        ...
+
 
 @runtime_checkable
 class Codec(Protocol):
@@ -162,6 +166,10 @@ class PixelCodec:
 
     def stream(self) -> DecoderStream:
         """Every frame stands alone here, so the codec is its own stream."""
+        return self
+
+    def fork(self) -> DecoderStream:
+        """The codec itself, which keeps nothing of what it decoded."""
         return self
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -8,6 +8,7 @@ accepts only the releases that its test has seen.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,9 @@ class WanStream:
 
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return to_uint8(pixels)
+
+    def fork(self) -> WanStream:
+        """A stream that goes on from here: items of the list are replaced, never written to."""
+        twin = copy.copy(self)
+        twin._cache = list(self._cache)
+        return twin

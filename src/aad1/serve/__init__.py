@@ -1,0 +1,1 @@
+"""Live video: steer a stream while it is made. `session` decides, `live` runs, `server` serves."""

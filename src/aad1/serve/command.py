@@ -1,0 +1,142 @@
+"""`aad1 serve`: a page where video is watched, steered and recorded while it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from aad1.errors import UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+NEEDED = ("fastapi", "uvicorn", "websockets", "multipart", "httpx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Watch, steer and record live video in the browser.
+
+    Example: aad1 serve --model doom, then open http://127.0.0.1:8000
+    """
+
+    model: str = "doom"
+    """Packaged name, folder, hub id, or a generator made from Wan 2.1 (see `aad1 generate`)."""
+    base: str | None = None
+    """Wan 2.1's folder, for the parts that a generator by itself lacks."""
+    recipe: str | None = None
+    """How a generator made elsewhere is rolled out."""
+    text_cache: Path | None = None
+    """Folder that keeps encoded prompts."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision; auto is bfloat16 for Wan's networks on cuda and float32 otherwise."""
+    threads: int = 0
+    """CPU threads of the network; 0 takes all cores but one, which is left to the server and to the
+    browser: networks that share their last core with them become slow and uneven."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines can reach needs --token."""
+    port: int = 8000
+    """0 picks a free one."""
+    token: str | None = None
+    """What clients must show; the page takes it as ?token=..."""
+    max_sessions: int = 4
+    """Sessions at once; the next client is told that the server is busy."""
+    format: Literal["jpeg", "webp"] = "jpeg"
+    """Of the frames on the wire."""
+    quality: int = 85
+    """Of JPEG or WebP, 1 to 100."""
+    max_image_mb: float = 8.0
+    """Largest picture that is taken, in 10^6 bytes."""
+    max_recording: float = 600.0
+    """Longest recording, in seconds."""
+    open: bool = False
+    """Open the page in this machine's browser."""
+    selftest: bool = False
+    """Connect to the server from this process, drive ten chunks, check them, and stop."""
+
+
+def serve(args: Serve) -> None:
+    """Serve until Ctrl-C. UserError before the port is open for anything that cannot work."""
+    from aad1.serve.run import address, bind, is_loopback, uvicorn_server
+
+    _check_packages()
+    if args.token is not None and len(args.token) < 8:
+        raise UserError(f"--token must have at least 8 characters, got {len(args.token)}")
+    if not is_loopback(args.host) and args.token is None:
+        raise UserError(f"--host {args.host} can be reached from elsewhere: it needs --token")
+    if args.selftest:
+        _selftest(args)
+        return
+    with bind(args.host, args.port) as sock:
+        app = _app(args)
+        server = uvicorn_server(app)
+        url = address(sock) + (f"/?token={args.token}" if args.token else "")
+        print(f"aad1 live: {url}  (Ctrl-C stops)", flush=True)
+        if args.open:
+            _open_browser(url)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down; that is how to stop
+            server.run(sockets=[sock])
+    if app.state.hub.failed:
+        raise SystemExit(1)  # the reason is on stderr already
+
+
+def _check_packages() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"aad1 serve needs {', '.join(missing)}: pip install 'aad1[serve]'")
+
+
+def _app(args: Serve, token: bool = True) -> FastAPI:
+    import torch
+
+    from aad1.pipeline import Pipeline, find_model, pick_device, read_info
+    from aad1.serve.facts import read_facts
+    from aad1.serve.guard import Limits
+    from aad1.serve.live import packer
+    from aad1.serve.model import PipelineModel
+    from aad1.serve.server import create_app
+    from aad1.wan_folder import WORLD, is_wan
+
+    limits = Limits(
+        sessions=args.max_sessions, image_bytes=round(args.max_image_mb * 1e6),
+        recording_seconds=args.max_recording,
+    )  # fmt: skip
+    pack = packer(args.format, args.quality)
+    if args.threads < 0:
+        raise UserError(f"--threads must be at least 0, got {args.threads}")
+    folder = find_model(args.model)
+    device = pick_device(args.device)
+    if args.threads or device.type == "cpu":
+        torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
+    large = is_wan(folder) or read_info(folder).world == WORLD
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and large and device.type == "cuda")
+    pipeline = Pipeline.from_pretrained(
+        folder, device=device, dtype=torch.bfloat16 if half else torch.float32, base=args.base,
+        recipe=args.recipe, text_cache=args.text_cache,
+    )  # fmt: skip
+    facts = read_facts(Path(args.model).name, pipeline)
+    return create_app(
+        PipelineModel(pipeline), facts, limits, token=args.token if token else None, pack=pack
+    )
+
+
+def _open_browser(url: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(url):
+        print(f"aad1: no browser was found; open {url} in one", file=sys.stderr)
+
+
+def _selftest(args: Serve) -> None:
+    from aad1.serve.selftest import selftest
+
+    app = _app(args, token=False)
+    prompts = list(dict.fromkeys(app.state.hub.facts.samples.values())) or ["a cat", "a dog"]
+    for line in selftest(app, (prompts[0], prompts[-1])):
+        print(line)

@@ -1,0 +1,262 @@
+"""A session that runs: asyncio drives it, one thread has the model, another packs pictures.
+
+All sessions share the model's thread. Each has at most one chunk waiting there, and waiting jobs
+are served in the order they came, so sessions that together ask too much become slower evenly.
+Everything else happens in the event loop, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from PIL import Image
+
+from aad1.errors import UserError
+from aad1.media import ImageLike
+from aad1.serve.model import LiveModel, Pixels
+from aad1.serve.recorder import Recorder
+from aad1.serve.session import Frame, Job, Session
+
+T = TypeVar("T")
+Format = Literal["jpeg", "webp"]
+
+
+def packer(format: Format, quality: int) -> Callable[[Pixels], bytes]:  # noqa: A002
+    """frame [H, W, 3] -> a picture file."""
+    if not 1 <= quality <= 100:
+        raise UserError(f"quality must be in 1..100, got {quality}")
+    options: dict[str, Any] = {"quality": quality}
+    options |= {"subsampling": 0} if format == "jpeg" else {"method": 0}
+
+    def pack(frame: Pixels) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, format, **options)
+        return buffer.getvalue()
+
+    return pack
+
+
+class Engine:
+    """The model and the threads that all sessions of a process share."""
+
+    def __init__(self, model: LiveModel, pack: Callable[[Pixels], bytes]) -> None:
+        self.model, self._pack = model, pack
+        self._worker = ThreadPoolExecutor(1, "aad1-model")
+        self._side = ThreadPoolExecutor(1, "aad1-side")
+
+    async def on_worker(self, call: Callable[..., T], *args: Any) -> T:
+        """Run on the model's thread, after what waits there."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, call, *args)
+
+    async def on_side(self, call: Callable[..., T], *args: Any) -> T:
+        """Run beside the model: pictures, prompts."""
+        return await asyncio.get_running_loop().run_in_executor(self._side, call, *args)
+
+    async def make(
+        self, point: Any, text: Any, *, packed: bool = True
+    ) -> tuple[Pixels, list[bytes], Any, dict[str, float]]:
+        """The chunk after a point: frames, the same as files, the point after, seconds spent."""
+        made = await self.on_worker(self.model.generate, point, text)
+        # The cache pass goes on while frames are packed; errors show when the point is used.
+        self._worker.submit(self.model.settle, made.after)
+        began = time.perf_counter()
+        files = await self.on_side(self._pack_all, made.frames) if packed else []
+        return made.frames, files, made.after, made.seconds | {"pack": time.perf_counter() - began}
+
+    def _pack_all(self, frames: Pixels) -> list[bytes]:
+        return [self._pack(frame) for frame in frames]
+
+    async def warm(self, image: ImageLike | None, prompt: str, chunks: int = 3) -> None:
+        """Make a few chunks, so that the first user does not wait for one-time work."""
+        point = await self.on_worker(self.model.begin, image, 0)
+        text = await self.on_side(self.model.encode, prompt)
+        for _ in range(chunks):
+            _, _, point, _ = await self.make(point, text)
+
+    def close(self) -> None:
+        """Let go of the threads; what waits there is dropped."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._side.shutdown(wait=False, cancel_futures=True)
+
+
+class Listener(Protocol):
+    """Whoever is shown a session. Both calls must return at once."""
+
+    def frame(self, frame: Frame) -> None: ...
+
+    def event(self, message: dict[str, Any]) -> None: ...
+
+
+class Live:
+    """One live video with its listeners and its recording."""
+
+    def __init__(self, engine: Engine, recordings: Path, most_seconds: float) -> None:
+        """recordings: a folder for mp4 files; most_seconds: how long one may become."""
+        self.id = secrets.token_urlsafe(9)
+        self.engine = engine
+        self.core = Session(engine.model.fps)
+        self.listeners: set[Listener] = set()
+        self._recordings = recordings
+        self._most_frames = round(most_seconds * engine.model.fps)
+        self._recorder: Recorder | None = None
+        self._image: ImageLike | None = None
+        self._seed = 0
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._show())
+        self._spawn(self._report())
+
+    # -- commands -------------------------------------------------------------------------
+
+    async def start(self, image: ImageLike | None, prompt: str, seed: int) -> int:
+        """Begin a video; returns the generation that its frames carry."""
+        text = await self.engine.on_side(self.engine.model.encode, prompt)
+        point = await self.engine.on_worker(self.engine.model.begin, image, seed)
+        self._image, self._seed = image, seed
+        generation = self.core.start(point, prompt, text, self._now())
+        self._wake()
+        return generation
+
+    async def steer(self, prompt: str, blend: int = 1) -> int:
+        """A new prompt; returns the number that frames made with it carry."""
+        asked = self._now()
+        text = await self.engine.on_side(self.engine.model.encode, prompt)
+        number = self.core.steer(prompt, text, self._now(), blend, asked)
+        self._wake()
+        return number
+
+    async def reset(self, seed: int | None = None) -> int:
+        """Back to the picture, with another seed if one is given; returns the generation."""
+        point = None
+        if seed is not None and seed != self._seed and self.core.status != "idle":
+            point = await self.engine.on_worker(self.engine.model.begin, self._image, seed)
+            self._seed = seed
+        generation = self.core.reset(self._now(), point)
+        self._wake()
+        return generation
+
+    def pause(self) -> None:
+        self.core.pause(self._now())
+        self._wake()
+
+    def resume(self) -> None:
+        self.core.resume(self._now())
+        self._wake()
+
+    def stop(self) -> None:
+        self.core.stop()
+        self._wake()
+
+    def record(self) -> None:
+        """Begin a recording. UserError if one is running."""
+        if self._recorder is not None:
+            raise UserError("a recording is running already")
+        path = self._recordings / f"{secrets.token_urlsafe(12)}.mp4"
+        self._recorder = Recorder(path, self.core.fps, self._most_frames)
+
+    async def finish_recording(self) -> tuple[str, int]:
+        """Finish the recording: the file's name and its frames. UserError if there is none."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            raise UserError("no recording is running")
+        frames = await asyncio.to_thread(recorder.finish)
+        return recorder.path.name, frames
+
+    async def close(self) -> None:
+        """End the session: tasks, recording, listeners."""
+        self.core.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._recorder is not None:
+            with contextlib.suppress(UserError):  # nobody is left to be told
+                await self.finish_recording()
+        self._tell({"type": "ended"})
+        self.listeners.clear()
+
+    # -- running --------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _show(self) -> None:
+        """Hand out frames when they are due, and have the next chunk made."""
+        status = self.core.status
+        while True:
+            self._changed.clear()
+            frames = self.core.take(self._now())
+            for frame in frames:
+                self._show_one(frame)
+            job = self.core.next_job(self._now())
+            if job is not None:
+                self._spawn(self._make(job))
+            if self.core.status != status:
+                status = self.core.status
+                self._tell({"type": "status", "status": status})
+            due = self.core.next_due()
+            timeout = None if due is None else max(0.0, due - self._now())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), timeout)
+
+    def _show_one(self, frame: Frame) -> None:
+        for listener in self.listeners:
+            listener.frame(frame)
+        if self._recorder is not None and not self._recorder.add(frame.pixels):
+            full, self._recorder = self._recorder, None
+            self._spawn(self._end_recording(full))
+
+    async def _end_recording(self, full: Recorder) -> None:
+        """One that is as long as allowed, or that the disk is too slow for."""
+        try:
+            frames = await asyncio.to_thread(full.finish)
+        except UserError as error:
+            self._tell({"type": "error", "code": "recording_failed", "message": str(error)})
+        else:
+            self._tell(recorded(full.path.name, frames, self.core.fps))
+
+    async def _make(self, job: Job) -> None:
+        try:
+            frames, packed, after, seconds = await self.engine.make(job.point, job.text)
+        except Exception as error:  # the model's fault ends this video, not the server
+            print(f"aad1: a chunk failed: {type(error).__name__}: {error}", file=sys.stderr)
+            self.core.fail(job)
+            message = f"the chunk could not be made ({type(error).__name__})"
+            self._tell({"type": "error", "code": "internal", "message": message})
+        else:
+            self.core.deliver(job, frames, packed, after, seconds, self._now())
+        self._wake()
+
+    async def _report(self) -> None:
+        """Figures once a second: they also show listeners that the server is alive."""
+        while True:
+            self._tell({"type": "stats", **self.core.stats(), "viewers": len(self.listeners)})
+            await asyncio.sleep(1)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for listener in self.listeners:
+            listener.event(message)
+
+
+def recorded(name: str, frames: int, fps: float) -> dict[str, Any]:
+    """The message that a recording can be fetched."""
+    return {
+        "type": "recorded", "url": f"api/recordings/{name}", "frames": frames,
+        "seconds": round(frames / fps, 3),
+    }  # fmt: skip

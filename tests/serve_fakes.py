@@ -1,0 +1,88 @@
+"""A model whose frames say where they come from, and a driver with a clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from aad1.serve.model import Made, Pixels
+from aad1.serve.session import Frame, Job, Session
+
+CHUNK = 16
+FPS = 16.0
+
+
+class FakeModel:
+    """Frame k of chunk i under text t is filled with [k, i, t]; a point is the texts so far."""
+
+    def __init__(self, wait: Callable[[], None] = lambda: None, fps: float = FPS) -> None:
+        self.wait, self.fps = wait, fps
+        self.made: list[tuple[Any, ...]] = []
+
+    def encode(self, prompt: str) -> Any:
+        return float(len(prompt))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return [word for word in prompt.split() if word == "unknown"]
+
+    def begin(self, image: Any, seed: int) -> Any:
+        return (f"seed {seed}",)
+
+    def generate(self, point: Any, text: Any) -> Made:
+        self.wait()
+        chunk = len(point) - 1
+        frames: Pixels = np.zeros((CHUNK, 16, 16, 3), np.uint8)
+        frames[..., 0] = np.arange(CHUNK)[:, None, None] * 8
+        frames[..., 1] = chunk % 256
+        frames[..., 2] = int(text)
+        self.made.append((*point, text))
+        return Made(frames, (*point, text), {"dit": 0.01, "decode": 0.02})
+
+    def settle(self, point: Any) -> None: ...
+
+
+class Drive:
+    """A session with a clock that jumps from event to event; a chunk takes `seconds`."""
+
+    def __init__(self, seconds: float = 0.2, prompt: str = "a") -> None:
+        self.model, self.seconds = FakeModel(), seconds
+        self.session = Session(FPS)
+        self.now = 100.0
+        self.shown: list[tuple[float, Frame]] = []
+        self.most_queued = 0
+        self._out: tuple[float, Job] | None = None
+        self.session.start(self.model.begin(None, 0), prompt, self.model.encode(prompt), self.now)
+
+    def until(self, time: float) -> None:
+        """Play to 100 + time seconds."""
+        end = 100.0 + time
+        while True:
+            for frame in self.session.take(self.now):
+                self.shown.append((self.now - 100, frame))
+            job = self.session.next_job(self.now)
+            if job is not None:
+                self._out = (self.now + self.seconds, job)
+            self.most_queued = max(self.most_queued, self.session.stats()["queued_frames"])
+            due = self.session.next_due()
+            events = [t for t in (due, self._out[0] if self._out else None) if t is not None]
+            if not events or min(events) > end:
+                break
+            self.now = max(self.now, min(events))
+            if self._out is not None and self._out[0] <= self.now:
+                job, self._out = self._out[1], None
+                made = self.model.generate(job.point, job.text)
+                self.session.deliver(job, made.frames, [], made.after, made.seconds, self.now)
+        self.now = max(self.now, end)
+
+    def steer(self, prompt: str, blend: int = 1) -> int:
+        return self.session.steer(prompt, self.model.encode(prompt), self.now, blend)
+
+    def latency(self, number: int, asked: float) -> float:
+        """Seconds from a switch to its first frame."""
+        return next(t for t, frame in self.shown if frame.steer >= number) - asked
+
+    def texts(self) -> list[int]:
+        """The text of each chunk that was shown, by what its frames hold."""
+        return [int(f.pixels[0, 0, 2]) for _, f in self.shown if f.number % CHUNK == 0]
