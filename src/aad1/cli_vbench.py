@@ -141,6 +141,8 @@ def videos(args: Videos) -> None:
         wanted = wanted_videos(spread(pairs, args.drift_videos), images, seeds=1, seed=args.seed)
         folder = args.out / "drift"
     seconds = args.seconds if args.seconds is not None else (20.0 if args.drift else 5.0)
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"--seconds must be above 0, got {seconds:g}")
     pipe = _pipeline(args)
     width, height = pipe.check_size(_size(args.size))
     if args.text_cache is not None:
