@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from aad1 import __version__, cli_data
+from aad1 import __version__, cli_data, cli_vbench
 from aad1.errors import UserError
 from aad1.generate import Generate, generate, pair_loras
 from aad1.serve.command import Serve, serve
@@ -126,6 +126,10 @@ Command = (
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[
+        cli_vbench.Command,
+        tyro.conf.subcommand("vbench", description="VBench-I2V, beside the paper's table."),
+    ]
 )
 
 
@@ -243,6 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if kind in cli_data.KINDS:
             cli_data.run(kind, args[2:])
+            return 0
+        if args[0] == "vbench":
+            cli_vbench.main(args[1:])
             return 0
         command: Any = tyro.cli(
             Command, args=args, prog="aad1", description="One-step streaming video from one image."

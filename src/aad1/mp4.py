@@ -15,19 +15,23 @@ import numpy.typing as npt
 from aad1.atomic import replace_file
 from aad1.errors import UserError
 
+CRF = 17  # a viewer sees no difference from the frames
+
 
 class Mp4Encoder:
     """Encodes frames to a file, each when it is given; a context manager that finishes the file.
 
-    fps: frames a second. Odd sizes get one more row or column, as 4:2:0 video halves both sides.
+    fps: frames a second. crf: x264's quality, lower is better and larger. Odd sizes get one more
+    row or column, as 4:2:0 video halves both sides.
     """
 
-    def __init__(self, path: Path, fps: float | Fraction) -> None:
+    def __init__(self, path: Path, fps: float | Fraction, crf: int = CRF) -> None:
         import av  # heavy, and absent where only training runs
 
         if not 0 < fps <= 1000:
             raise UserError(f"fps={fps} must be in (0, 1000]")
         self.count = 0
+        self._crf = crf
         self._fps = Fraction(fps).limit_denominator(1001)
         self._container: Any = av.open(str(path), "w", options={"movflags": "+faststart"})
         self._stream: Any = None
@@ -48,7 +52,8 @@ class Mp4Encoder:
         if any(odd):
             frame = np.pad(frame, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         if self._stream is None:
-            stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "17"})
+            options = {"crf": str(self._crf)}
+            stream = self._container.add_stream("libx264", rate=self._fps, options=options)
             stream.height, stream.width = frame.shape[:2]
             stream.pix_fmt = "yuv420p"
             _tag_bt709(stream.codec_context)
@@ -78,13 +83,13 @@ class Mp4Encoder:
 
 
 @contextmanager
-def record(path: str | Path, fps: float) -> Iterator[Mp4Encoder]:
+def record(path: str | Path, fps: float, crf: int = CRF) -> Iterator[Mp4Encoder]:
     """An encoder to a temporary file, which takes the name `path` when the block ends well.
 
     If the block raises, `path` stays as it was. UserError if no frame was written.
     """
     with replace_file(path) as temporary:
-        with Mp4Encoder(temporary, fps) as encoder:
+        with Mp4Encoder(temporary, fps, crf) as encoder:
             yield encoder
         if encoder.count == 0:
             raise UserError(f"there are no frames to write to {path}")
