@@ -369,18 +369,12 @@ def load_wan_vae(
     device: torch.device | str = "cpu",
 ) -> WanCodec:
     """Wan's video autoencoder; float32 by default. Needs diffusers."""
-    from aad1.models.wan_codec import WanCodec
+    from aad1.models.wan_codec import WanCodec, autoencoder_class
 
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise UserError(
-            f"the Wan codec needs diffusers ({error}); install it with: pip install 'aad1[wan]'"
-        ) from error
     source = _source(source, "vae")
     config = vae_json(source)
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config).to(dtype or torch.float32)
+        vae = autoencoder_class().from_config(config).to(dtype or torch.float32)
     load_module(vae, source, device)
     return WanCodec(vae.eval()).to(device).eval()
 

@@ -20,9 +20,10 @@ from torch import nn
 from aad1.core.chunks import Plan as AttentionPlan
 from aad1.core.chunks import bidirectional, block_causal, parallel_chunks
 from aad1.errors import UserError
+from aad1.models.checkpoints import find_parts, wan_config
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanConfig, WanTransformer
-from aad1.models.weights import read_json
+from aad1.models.weights import read_json, read_transformer_config
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.ode_init import OdeInitConfig
@@ -139,16 +140,14 @@ def _clip(e: Experiment, data: WanData) -> Clip:
     return Clip(data.frames, height * width, e.text_length)
 
 
-def _config_of(folder: Path | None) -> WanConfig | None:
-    """The architecture of a folder's transformer, if the folder is there."""
-    path = folder / "transformer" / "config.json" if folder else None
-    if path is None or not path.is_file():
+def _config_of(path: Path | None) -> WanConfig | None:
+    """The architecture of the weights at `path`; None if nothing is there yet."""
+    if path is None or not path.exists():
         return None
-    raw = read_json(path)
-    known = {k: raw[k] for k in WanConfig.__dataclass_fields__ if k in raw}
-    if "patch_size" in known:
-        known["patch_size"] = tuple(known["patch_size"])
-    return WanConfig(**known)
+    config = path / "transformer" / "config.json"
+    if config.is_file():  # says it all, even before the weights themselves are there
+        return read_transformer_config(read_json(config), config)
+    return wan_config(find_parts(path).source("transformer"))
 
 
 def _count(parameters: list[nn.Parameter]) -> int:
