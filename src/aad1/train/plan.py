@@ -255,9 +255,9 @@ def _activations(
         return {"generator": graph(student, block_causal(g, frames), frames, clips=clips)}
     past = clips * costs.cache_bytes(student, clip, frames - g.chunk, bf16=bf16)
     seen = len(g.kept(frames, g.chunk))
-    # Recording keeps each chunk's K and V and joins them at the end: twice the past for a moment.
+    # A rollout's cache is replaced, so there are two for a moment.
     phases: dict[str, float] = {
-        "rollout": 2 * past + clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
+        "rollout": past + 2 * clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
     }
     replay = costs.replay_plan(clip, g)
     phases["generator"] = past + graph(student, replay, frames - g.first, clips=clips)
@@ -270,7 +270,7 @@ def _activations(
     judge = student if causal else teacher
     phases["generator, judged"] = past + graph(judge, seen_by, frames, clips=clips, layers=layers)
     passes = 2 if e.stage.penalty_weight else 1
-    phases["discriminator"] = past + graph(
+    phases["discriminator"] = graph(
         judge, seen_by, frames, clips=2 * clips, passes=passes, layers=layers
     )
     return phases

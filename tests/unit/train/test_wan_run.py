@@ -22,6 +22,7 @@ from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.pipeline import Pipeline, read_info, weights_hash
 from aad1.presets import preset
 from aad1.stages.base import Conditioner
+from aad1.train import run
 from aad1.train.config import Experiment, MonitorConfig, WanData
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
@@ -224,22 +225,26 @@ def test_two_steps_bf16_and_ablations_train(chain: Path, data: Path, tiny_wan: P
         e = experiment(stage, tiny_wan, data, chain)
         e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
         for i, change in enumerate(changes):
-            run = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
+            it = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
             if stage == "dmd":  # the real score is frozen: bfloat16 is enough for it
-                frozen = run._teacher_network(trained=False)
-                assert frozen.dtype == (torch.bfloat16 if run.bf16 else torch.float32)
-                assert run._teacher_network(trained=True).dtype == torch.float32
-            assert (run.train() / "model_index.json").exists()
+                frozen = it._teacher_network(trained=False)
+                assert frozen.dtype == (torch.bfloat16 if it.bf16 else torch.float32)
+                assert it._teacher_network(trained=True).dtype == torch.float32
+            assert (it.train() / "model_index.json").exists()
 
 
-def test_the_monitor_rolls_wan_clips_out(chain: Path, data: Path, tiny_wan: Path,
-                                         tmp_path: Path) -> None:  # fmt: skip
+def test_the_monitor_rolls_wan_clips_out(
+    chain: Path, data: Path, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Any] = []
+    monkeypatch.setattr(run, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
     e = experiment("dmd", tiny_wan, data, chain, monitor=MonitorConfig(every=1, clips=2))
-    e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
+    e = replace(e, optim=replace(e.optim, updates=2, accumulate=1), out=tmp_path)
     folder = Run(e).train().parent
     lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
-    assert [x["M"] >= 0 for x in lines if x["kind"] == "monitor"] == [True]
+    assert [x["M"] >= 0 for x in lines if x["kind"] == "monitor"] == [True, True]
     assert list((folder / "samples").glob("*.png"))
+    assert len(hashed) == 2  # of the last checkpoint and of the final model, not at each check
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
@@ -326,7 +331,7 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
 ) -> None:  # fmt: skip
     e = experiment(stage, tiny_wan, data, chain, discriminator=DiscriminatorConfig(taps=taps))
     e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
-    run = Run(e)
+    it = Run(e)
     held: dict[str, int] = {}
     step = Trainer.step
 
@@ -338,11 +343,11 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
         return logs
 
     monkeypatch.setattr(Trainer, "step", watched)
-    run.train()
+    it.train()
     p = plan(replace(e, precision="fp32"), Cluster())
     for kind, size in held.items():
         assert sum(getattr(role, kind) for role in p.roles) == size, kind
-    count = sum(q.numel() for q in run.generator.parameters())
+    count = sum(q.numel() for q in it.generator.parameters())
     assert p.roles[0].parameters == count
     names = {"ode": ["generator"], "dmd": ["generator", "real score", "fake score"],
              "aad": ["generator", "discriminator", "its heads"]}[stage]  # fmt: skip
