@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 
-from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.media import ImageLike, read_image
-from aad1.model_info import CARD, FORMAT, INDEX, ModelInfo, model_card, read_info, write_info
+from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models.codec import Codec, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.offload import offload_blocks
@@ -206,9 +205,7 @@ class Pipeline:
             self.text.save_pretrained(folder / "text", text)
         else:
             self.text.save_pretrained(folder / "text")
-        with replace_file(folder / CARD) as temporary:
-            count = sum(p.numel() for p in self.transformer.parameters())
-            temporary.write_text(model_card(self.info, count), encoding="utf-8")
+        write_card(folder, self.info, sum(p.numel() for p in self.transformer.parameters()))
         write_info(folder, self.info)  # last: a folder without an index is not a model
 
     @property

@@ -31,7 +31,7 @@ from aad1.train import costs
 from aad1.train.config import Experiment, WanData
 from aad1.train.costs import Clip
 from aad1.train.record import to_plain
-from aad1.train.wan_base import SPATIAL_STRIDE
+from aad1.train.wan_base import VideoSize
 
 GIB = 2**30
 MOST_CONTEXT = 8
@@ -131,13 +131,8 @@ def plan(e: Experiment, cluster: Cluster) -> Plan:
 
 def _clip(e: Experiment, data: WanData) -> Clip:
     _, p, q = e.model.patch_size
-    for name, size, patch in (("width", data.width, q), ("height", data.height, p)):
-        if size < 1 or size % (patch * SPATIAL_STRIDE):
-            raise UserError(
-                f"data.{name} must be a multiple of {patch * SPATIAL_STRIDE}, got {size}"
-            )
-    height, width = data.height // SPATIAL_STRIDE // p, data.width // SPATIAL_STRIDE // q
-    return Clip(data.frames, height * width, e.text_length)
+    _, height, width = VideoSize(width=data.width, height=data.height).latent()
+    return Clip(data.frames, (height // p) * (width // q), e.text_length)
 
 
 def _config_of(path: Path | None) -> WanConfig | None:
