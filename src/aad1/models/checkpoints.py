@@ -77,7 +77,7 @@ class Parts:
         if missing:
             text = _missing(", ".join(missing), self.looked, self.problems)
             alone = self.transformer is not None
-            raise UserError(text + "; give a base folder (--base) that has them" * alone)
+            raise UserError(text + "; a base folder can supply what is missing" * alone)
 
     def source(self, name: str) -> Source:
         """That part; UserError as `require` if it is missing."""

@@ -106,7 +106,7 @@ def test_each_stage_trains_on_from_the_one_before(chain: Path, tiny_wan: Path, s
     assert isinstance(e.data, WanData) and e.data.base == tiny_wan
 
 
-def test_what_comes_out_streams(chain: Path, tiny_wan: Path, umt5: Umt5Encoder) -> None:
+def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
     final = chain / "wan1.3b-aad" / "final"
     pipe = Pipeline.from_pretrained(final)
     assert torch.equal(pipe.text(["a square"]), Umt5Encoder.from_pretrained(
@@ -120,6 +120,14 @@ def test_what_comes_out_streams(chain: Path, tiny_wan: Path, umt5: Umt5Encoder) 
     assert not torch.equal(parts[1], parts[2])
     reference = json.loads((final / "text" / "config.json").read_text())
     assert reference["base"] == str(tiny_wan.resolve())
+    # Exported, the prompt encoder comes along.
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(final), "--out", str(out), "--no-half"]) == 0
+    source = Umt5Encoder.from_pretrained(out).source
+    assert source is not None and out / "text" / "text_encoder" in source.parents
+    assert torch.equal(
+        Pipeline.from_pretrained(out)(image, "a square moves", num_chunks=3, seed=3), whole
+    )
 
 
 def test_weights_of_any_layout_train(data: Path, tiny_wan: Path, tmp_path: Path) -> None:
