@@ -111,9 +111,9 @@ class Convert:
     """Of the transformer's weights: keep, fp32, bf16 or fp16."""
     weights: str = ""
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
-    recipe: str = "teacher"
-    """--to pipeline: teacher, or how a generator is rolled out: aad1, self-forcing, one-forcing,
-    one-forcing-frame."""
+    recipe: str | None = None
+    """--to pipeline: teacher (what is assumed), or how a generator is rolled out: aad1,
+    self-forcing, one-forcing, one-forcing-frame. A pipeline folder as SRC says it itself."""
     shard_gb: float = 5.0
     """Folders: files above this size (10^9 bytes) are split."""
 

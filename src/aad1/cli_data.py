@@ -29,7 +29,7 @@ class Videos:
     folder: tyro.conf.Positional[Path]
     """Folder of videos and captions."""
     model: Path
-    """Wan folder: vae/, text_encoder/, tokenizer/."""
+    """Wan's VAE, text encoder and tokenizer: a folder in any layout."""
     out: Path = Path("out/data/wan")
     width: int = 832
     """Frames are scaled and cropped at the centre to width x height, never distorted."""
@@ -59,7 +59,10 @@ class Trajectories:
     """
 
     teacher: Path
-    """Wan folder: transformer/, and for --prompts text_encoder/ and tokenizer/."""
+    """Wan's weights in any format; for --prompts a folder that has the text encoder too, or give
+    --base."""
+    base: Path | None = None
+    """With --prompts: a Wan folder for the text encoder that --teacher lacks."""
     prompts: Path | None = None
     """Text file, one prompt a line."""
     data: Path | None = None
@@ -100,7 +103,7 @@ class Lmdb:
     folder: tyro.conf.Positional[Path]
     """Folder with data.mdb, or with several such folders."""
     model: Path
-    """Wan folder: text_encoder/ and tokenizer/."""
+    """Wan's text encoder and tokenizer: a folder in any layout."""
     out: Path = Path("out/data/wan-trajectories")
     student_steps: int = 1
     """Keep the states of students with this many steps: 1, 2 or 4."""
@@ -115,23 +118,19 @@ class Lmdb:
 
 def videos(args: Videos) -> None:
     """Encode prompts, then videos; report what was left out."""
+    from aad1.models.checkpoints import find_parts, load_wan_vae
+    from aad1.models.umt5 import NEGATIVE_PROMPT
     from aad1.train.videos import encode_videos
-    from aad1.train.wan_base import (
-        NEGATIVE_PROMPT,
-        VideoSize,
-        digest,
-        load_base_codec,
-        load_text_encoder,
-        part,
-    )
+    from aad1.train.wan_base import VideoSize, load_text_encoder
 
     device, bf16 = _device(args.device, args.precision)
-    origin = {"vae": digest(part(args.model, "vae", "codec")), "text": _text_digest(args.model)}
+    vae = find_parts(args.model).source("vae")
     encode_videos(
-        args.folder, args.out, load_base_codec(args.model, device),
+        args.folder, args.out, load_wan_vae(vae, device=device),
         lambda: load_text_encoder(args.model, device),
         size=VideoSize(width=args.width, height=args.height, frames=args.frames, fps=args.fps),
-        origin=origin, device=device, bf16=bf16, clips_per_shard=args.shard,
+        origin={"vae": vae.fingerprint, "text": _fingerprint_of_text(args.model)},
+        device=device, bf16=bf16, clips_per_shard=args.shard,
         negative=NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
     )  # fmt: skip
 
@@ -141,24 +140,18 @@ def trajectories(args: Trajectories) -> None:
     from aad1.core.chunks import ChunkGeometry
     from aad1.data.shards import ClipShards
     from aad1.data.text_store import TextStore
+    from aad1.models.checkpoints import find_parts, load_wan_transformer
+    from aad1.models.umt5 import NEGATIVE_PROMPT
     from aad1.train.config import TrajectoryConfig
     from aad1.train.sources import key
     from aad1.train.trajectories import shards_of_part, write_trajectories
-    from aad1.train.wan_base import (
-        NEGATIVE_PROMPT,
-        VideoSize,
-        digest,
-        load_text_encoder,
-        load_transformer,
-        part,
-        store_prompts,
-    )
+    from aad1.train.wan_base import VideoSize, load_text_encoder, store_prompts
     from aad1.train.wan_world import StoredConditioner, StoredText
 
     if (args.prompts is None) == (args.data is None):
         raise UserError("give either --prompts FILE or --data FOLDER")
     device, bf16 = _device(args.device, args.precision)
-    made_by = digest(part(args.teacher, "transformer"))
+    weights = find_parts(args.teacher).source("transformer")
     if args.data is not None:
         shards = ClipShards(args.data)
         prompts = [clip[0] for clip in shards.captions]
@@ -187,15 +180,16 @@ def trajectories(args: Trajectories) -> None:
         )  # fmt: skip
         store.copy_from(given, [given.negative, *mine])
     else:
+        base = args.base or args.teacher
         store = store_prompts(
-            args.out / "text", mine, lambda: load_text_encoder(args.teacher, device),
+            args.out / "text", mine, lambda: load_text_encoder(base, device),
             negative=NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
-            encoder=_text_digest(args.teacher),
+            encoder=_fingerprint_of_text(base),
         )  # fmt: skip
     gc.collect()
     import torch
 
-    teacher = load_transformer(args.teacher, device, torch.bfloat16 if bf16 else torch.float32)
+    teacher = load_wan_transformer(weights, torch.bfloat16 if bf16 else torch.float32, device)
     text = StoredText([store], device, args.teacher)
     write_trajectories(
         args.out,
@@ -205,7 +199,7 @@ def trajectories(args: Trajectories) -> None:
         (teacher.config.in_channels, frames, height, width),
         _sigmas(args.student_steps, args.shift),
         config,
-        made_by=f"{made_by} {key(store.negative):016x}",
+        made_by=f"{weights.fingerprint} {key(store.negative):016x}",
         seed=args.seed,
         part=share,
         bf16=bf16,
@@ -214,15 +208,16 @@ def trajectories(args: Trajectories) -> None:
 
 def lmdb(args: Lmdb) -> None:
     """Embed the prompts, then copy the states."""
+    from aad1.models.umt5 import NEGATIVE_PROMPT
     from aad1.train.lmdb_import import OdeLmdb, import_lmdb
-    from aad1.train.wan_base import NEGATIVE_PROMPT, load_text_encoder, store_prompts
+    from aad1.train.wan_base import load_text_encoder, store_prompts
 
     device, _ = _device(args.device, "fp32")
     prompts = OdeLmdb(args.folder).prompts()
     store_prompts(
         args.out / "text", prompts, lambda: load_text_encoder(args.model, device),
         negative=NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
-        encoder=_text_digest(args.model),
+        encoder=_fingerprint_of_text(args.model),
     )  # fmt: skip
     import_lmdb(
         args.folder, args.out, sigmas=_sigmas(args.student_steps, args.shift), shift=args.shift,
@@ -252,10 +247,10 @@ def _device(name: str, precision: str) -> tuple[torch.device, bool]:
     return device, precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def _text_digest(model: Path) -> str:
-    from aad1.train.wan_base import digest, part
+def _fingerprint_of_text(model: Path) -> str:
+    from aad1.models.umt5 import find_encoder
 
-    return digest(part(model, "text_encoder"))
+    return find_encoder(model)[0].fingerprint
 
 
 def _sigmas(student_steps: int, shift: float) -> tuple[float, ...]:

@@ -14,9 +14,10 @@ at all.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
-from aad1.model_info import ModelInfo, write_info
+from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models import wan_keys
 from aad1.models.checkpoints import Parts, find_parts, umt5_json, vae_json, wan_config
 from aad1.models.dit import WanConfig
@@ -41,7 +42,7 @@ from aad1.models.weights import (
     write_shards,
     write_tensors,
 )
-from aad1.wan_folder import wan_info
+from aad1.wan_folder import WORLD, wan_info
 
 FORMATS = ("diffusers", "original", "self-forcing", "comfyui", "pipeline")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +87,7 @@ def convert(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     weights: str = "",
-    recipe: str = "teacher",
+    recipe: str | None = None,
 ) -> list[str]:
     """Write `dst` in the format `to`; returns the names of the parts that were written.
 
@@ -96,7 +97,8 @@ def convert(
         are.
     shard_bytes: files above this size are split (folders only).
     weights: which state dict of a .pt that holds several; "" prefers the moving average.
-    recipe: of a pipeline: "teacher", or how a generator is rolled out (`wan_folder.RECIPES`).
+    recipe: of a pipeline: "teacher", or how a generator is rolled out (`wan_folder.RECIPES`). None
+        keeps what a pipeline folder says of itself, and is "teacher" for others.
 
     UserError before anything is written if the parts are missing, unsupported or do not fit, or
     `dst` exists or has the wrong suffix.
@@ -114,9 +116,15 @@ def convert(
     if shard_bytes < 1:
         raise UserError(f"shards must have at least 1 byte, got {shard_bytes}")
     parts = find_parts(src, base, weights=weights)
+    info = _info(Path(src), base, recipe)
     if to == "pipeline":
+        if info.world != WORLD:
+            raise UserError(
+                f"{src} is a pipeline already, of the small world {info.world}: copy it"
+            )
         parts.require("transformer", "vae", "text_encoder", "tokenizer")
-    info = wan_info(recipe, None, [Path(p) for p in (src, base) if p is not None])
+    if loras or dtype is not None:
+        info = replace(info, sha256="")  # of other numbers
     source = parts.source("transformer")
     config = wan_config(source)
     check_names(config, source)
@@ -137,6 +145,14 @@ def convert(
             made.pipeline(temporary, info)
     names = ("transformer", "vae", "text_encoder", "tokenizer")
     return [name for name in names if getattr(parts, name) is not None]
+
+
+def _info(src: Path, base: str | Path | None, recipe: str | None) -> ModelInfo:
+    """What a pipeline made of `src` says of itself."""
+    ours = (src / INDEX).is_file() and read_json(src / INDEX).get("format") == FORMAT
+    if ours and recipe is None:
+        return read_info(src)
+    return wan_info(recipe or "teacher", None, [src] if base is None else [src, Path(base)])
 
 
 def _check_plain(config: WanConfig, to: str) -> None:
@@ -209,6 +225,8 @@ class Conversion:
         shutil.copytree(parts.tokenizer, folder / "text" / "tokenizer")
         facts = {"length": 512, "dim": umt5_json(text)["d_model"], "encoder": "text_encoder"}
         write_json(folder / "text" / "config.json", {"_class_name": "Umt5Encoder", **facts})
+        count = sum(math.prod(spec.shape) for spec in parts.source("transformer").specs.values())
+        write_card(folder, info, count)
         write_info(folder, info)
 
     def self_forcing(self, file: Path) -> None:

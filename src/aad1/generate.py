@@ -73,6 +73,9 @@ class Generate:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; auto is bfloat16 for Wan's networks on cuda and float32 otherwise."""
+    offload: bool = False
+    """Keep the transformer in host memory and bring it to the CUDA device block by block: for 14B
+    on cards of 24 GB. Slower than a card that holds it all."""
     scale: int = 0
     """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
 
@@ -110,7 +113,7 @@ def generate(args: Generate) -> None:
     pipe = Pipeline.from_pretrained(
         folder, device=device, dtype=dtype, base=args.base, recipe=args.recipe,
         steps=None if teacher else args.steps, text_cache=args.text_cache, weights=args.weights,
-        loras=pair_loras(args.lora, args.lora_scale),
+        loras=pair_loras(args.lora, args.lora_scale), offload=args.offload,
     )  # fmt: skip
     if pipe.info.stage == "teacher" and args.image is None:
         return _sample(pipe, args, size)

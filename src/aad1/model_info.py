@@ -8,6 +8,7 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
+from aad1.atomic import replace_file
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
 from aad1.models.weights import read_json, write_json
@@ -87,8 +88,14 @@ CREDITS = {
 """What a world's makers ask to be said wherever weights made from it go."""
 
 
+def write_card(folder: Path, info: ModelInfo, parameters: int) -> None:
+    """Write README.md of a pipeline folder: what it is, how to use it, where it comes from."""
+    with replace_file(folder / CARD) as temporary:
+        temporary.write_text(model_card(info, parameters), encoding="utf-8")
+
+
 def model_card(info: ModelInfo, parameters: int) -> str:
-    """README.md of a pipeline folder: what it is, how to use it, where it comes from."""
+    """The text of README.md."""
     begins = '"a prompt"' if info.text_to_video else '"frame.png", "a prompt"'
     if info.stage == "teacher":
         kind = "a bidirectional video diffusion model (a teacher: it samples, it does not stream)"

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.media import ImageLike, read_image
-from aad1.model_info import CARD, FORMAT, INDEX, ModelInfo, model_card, read_info, write_info
+from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models.codec import Codec, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
+from aad1.models.offload import offload_blocks
 from aad1.models.text import TextEncoder, WordEncoder
 from aad1.models.umt5 import CLASS_NAMES, Umt5Encoder, WeightsChoice
 from aad1.models.weights import read_json
@@ -118,6 +118,7 @@ class Pipeline:
             if own != wanted:
                 raise UserError(f"{what} must be the transformer's {wanted}, got {own}")
         self.transformer, self.codec, self.text, self.info = transformer, codec, text, info
+        self.offloaded = False
 
     # -- folders --------------------------------------------------------------------------
 
@@ -134,6 +135,7 @@ class Pipeline:
         text_cache: str | Path | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
         weights: str = "",
+        offload: bool = False,
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
@@ -143,19 +145,25 @@ class Pipeline:
         text_cache: folder that keeps encoded prompts (Wan's prompt encoder is large).
         loras: (file, scale), merged into Wan's transformer.
         weights: which state dict of a .pt that holds several; the moving average by default.
+        offload: keep the transformer's blocks in host memory, two at a time on the CUDA device,
+            and the prompt encoder there only while it encodes; for models larger than the card.
 
         Raises UserError that names the file or key that is wrong.
         """
         folder, device = find_model(name), torch.device(device)
         base = None if base is None else find_model(base)
         cache = None if text_cache is None else Path(text_cache)
+        if offload and device.type != "cuda":
+            raise UserError(
+                f"offload is for CUDA devices smaller than the model; the device is {device}"
+            )
+        home = torch.device("cpu") if offload else device  # where the transformer is loaded
         if is_wan(folder):
-            return cls(
-                *load_wan(
-                    folder, base=base, recipe=recipe, steps=steps, device=device, dtype=dtype,
-                    text_cache=cache, loras=loras, weights=weights,
-                )
+            parts = load_wan(
+                folder, base=base, recipe=recipe, steps=steps, device=device, dtype=dtype,
+                text_cache=cache, loras=loras, weights=weights, transformer_device=home,
             )  # fmt: skip
+            return cls(*parts)._offload(device) if offload else cls(*parts)
         info = read_info(folder)
         if loras or weights:
             raise UserError(f"{folder} is a finished pipeline: loras and weights do not apply")
@@ -163,12 +171,19 @@ class Pipeline:
             raise UserError(f"{folder} says itself how it is rolled out; leave out recipe={recipe}")
         if steps is not None:
             info = replace(info, sigmas=few_step_sigmas(steps))
-        return cls(
-            WanTransformer.from_pretrained(folder / "transformer", dtype, device),
+        pipe = cls(
+            WanTransformer.from_pretrained(folder / "transformer", dtype, home),
             load_codec(folder / "codec", dtype=dtype, device=device),
             _load_text(folder / "text", base, device, dtype, cache),
             info,
         )
+        return pipe._offload(device) if offload else pipe
+
+    def _offload(self, device: torch.device) -> Pipeline:
+        """See `from_pretrained`; the transformer is on the CPU before."""
+        self.transformer = offload_blocks(self.transformer, device)
+        self.offloaded = True
+        return self
 
     def save_pretrained(
         self,
@@ -190,9 +205,7 @@ class Pipeline:
             self.text.save_pretrained(folder / "text", text)
         else:
             self.text.save_pretrained(folder / "text")
-        with replace_file(folder / CARD) as temporary:
-            count = sum(p.numel() for p in self.transformer.parameters())
-            temporary.write_text(model_card(self.info, count), encoding="utf-8")
+        write_card(folder, self.info, sum(p.numel() for p in self.transformer.parameters()))
         write_info(folder, self.info)  # last: a folder without an index is not a model
 
     @property
@@ -226,11 +239,17 @@ class Pipeline:
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """A prompt -> text rows [1, S, D]."""
-        return self.text([prompt]).to(self.device)
+        return self._encode([prompt])
+
+    def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        rows = self.text(prompts).to(self.device)
+        if self.offloaded:
+            self.release_text()
+        return rows
 
     def release_text(self) -> None:
         """Free the memory of a large prompt encoder; a prompt not seen before loads it again."""
-        if isinstance(self.text, Umt5Encoder):
+        if isinstance(self.text, Umt5Encoder) and self.text.loaded:
             self.text.release()
 
     def frames(self, latents: int) -> int:
@@ -337,10 +356,12 @@ class Pipeline:
                 "only a teacher is sampled in many"
             )
         chosen = sampling or self.info.sampling
-        text = self.text(prompts).to(self.device)
         null = None
         if chosen.guidance != 1:
-            null = self.text([chosen.negative_prompt]).to(self.device).expand_as(text)
+            rows = self._encode([*prompts, chosen.negative_prompt])
+            text, null = rows[:-1], rows[-1:].expand_as(rows[:-1])
+        else:
+            text = self._encode(prompts)
         x0, _ = sample(
             self.transformer, noise.to(self.device), text, null,
             steps=chosen.steps, shift=chosen.shift, guidance_scale=chosen.guidance,
@@ -368,8 +389,7 @@ class Pipeline:
         noise = seeded_noise(seeds, rollout.geometry, shape, images.device)
 
         def text(chunk: int) -> torch.Tensor:
-            rows = self.text([c[min(chunk, len(c) - 1)] for c in captions])
-            return rows.to(images.device)
+            return self._encode([c[min(chunk, len(c) - 1)] for c in captions])
 
         parts = list(rollout.stream(images, text, noise, chunks))
         return torch.cat([images, *parts], 2)

@@ -89,11 +89,12 @@ def load_wan(
     text_cache: Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     weights: str = "",
+    transformer_device: torch.device | None = None,
 ) -> tuple[WanTransformer, Codec, Umt5Encoder, ModelInfo]:
     """The parts of a pipeline. Parts that `path` lacks are taken from `base`.
 
     loras: (file, scale), merged into the transformer. weights: which state dict of a .pt that holds
-    several; "" prefers the moving average.
+    several; "" prefers the moving average. transformer_device: of the transformer, if not `device`.
 
     UserError lists what is missing and where it was looked for.
     """
@@ -104,7 +105,9 @@ def load_wan(
     alone = base is not None and find_parts(path, weights=weights).vae is None
     places = [path] if base is None else [path, base]
     info = wan_info(recipe or (None if alone else "teacher"), steps, places)
-    transformer = load_wan_transformer(parts.source("transformer"), dtype, device, loras)
+    transformer = load_wan_transformer(
+        parts.source("transformer"), dtype, transformer_device or device, loras
+    )
     codec = load_wan_vae(parts.source("vae"), dtype, device)
     assert parts.tokenizer is not None
     text = Umt5Encoder.from_source(

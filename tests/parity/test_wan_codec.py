@@ -104,7 +104,7 @@ def test_damaged_files_and_other_releases_are_refused(
     with pytest.raises(UserError, match="diffusion_pytorch_model"):
         load_codec(tmp_path)
     weights.unlink()
-    with pytest.raises(UserError, match="diffusion_pytorch_model"):
+    with pytest.raises(UserError, match="no Wan weights found; looked in"):
         load_codec(tmp_path)
     with pytest.raises(UserError, match="height"):
         codec.encode(video(5)[:, :, :15])

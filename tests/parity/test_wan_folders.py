@@ -18,6 +18,7 @@ from aad1 import pipeline as pipeline_module
 from aad1.convert import convert
 from aad1.errors import UserError
 from aad1.media import read_video
+from aad1.models.umt5 import Umt5Encoder
 from aad1.pipeline import Pipeline
 from aad1.rollout.teacher import Sampling
 from aad1.wan_folder import RECIPES, few_step_sigmas
@@ -227,6 +228,24 @@ def test_a_model_that_continues_an_image_asks_for_one(wan_folder: Path) -> None:
         pipe.stream(None, "a cat")
     with pytest.raises(UserError, match=r"distilled to 1 step.s. and streams"):
         pipe.sample("a cat")
+
+
+def test_offloaded_it_makes_the_same_frames_and_keeps_no_encoder(wan_folder: Path) -> None:
+    cpu = torch.device("cpu")  # see tests/unit/models/test_offload.py
+    plain = Pipeline.from_pretrained(wan_folder, recipe="self-forcing")
+    pipe = Pipeline.from_pretrained(wan_folder, recipe="self-forcing")._offload(cpu)
+    assert torch.equal(frames(pipe), frames(plain))
+    assert isinstance(pipe.text, Umt5Encoder) and not pipe.text.loaded
+    assert isinstance(plain.text, Umt5Encoder) and plain.text.loaded
+    teacher = Pipeline.from_pretrained(wan_folder)._offload(cpu)
+    assert isinstance(teacher.text, Umt5Encoder)
+    loads, load = [], teacher.text._load
+    teacher.text._load = lambda: loads.append(1) or load()  # type: ignore[func-returns-value]
+    few = Sampling(steps=2, guidance=3)
+    video = teacher.sample("a dog", size=SIZE, frames=5, sampling=few)
+    want = Pipeline.from_pretrained(wan_folder).sample("a dog", size=SIZE, frames=5, sampling=few)
+    assert torch.equal(video, want)
+    assert loads == [1] and not teacher.text.loaded  # once for both prompts
 
 
 # -- aad1 generate --------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from aad1.cli import main
 from aad1.convert import FORMATS, convert
 from aad1.errors import UserError
+from aad1.model_info import write_info
 from aad1.models.checkpoints import find_parts, load_wan_transformer
-from aad1.pipeline import PACKAGED, read_info
+from aad1.pipeline import PACKAGED, Pipeline, read_info
 from wan_files import (
     original_config,
     original_transformer,
@@ -149,6 +152,28 @@ def test_a_pipeline_says_what_it_is(
     assert not list((tmp_path / "pipe").rglob("*.p*t*h"))
     parts = find_parts(tmp_path / "pipe")
     parts.require("transformer", "vae", "text_encoder", "tokenizer")
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    count = sum(v.numel() for v in original_transformer().values())
+    assert f"| parameters | {count:,} |" in card and stage in card
+
+
+def test_a_pipeline_stays_what_it_says(original: Path, tmp_path: Path) -> None:
+    convert(original, tmp_path / "one", "pipeline", recipe="self-forcing")
+    info = replace(read_info(tmp_path / "one"), sha256="abc", updates=7)
+    write_info(tmp_path / "one", info)
+    convert(tmp_path / "one", tmp_path / "two", "pipeline")
+    assert read_info(tmp_path / "two") == info
+    convert(tmp_path / "one", tmp_path / "bf16", "pipeline", dtype=torch.bfloat16)
+    assert read_info(tmp_path / "bf16") == replace(info, sha256="")
+    convert(tmp_path / "one", tmp_path / "aad1", "pipeline", recipe="aad1")
+    assert read_info(tmp_path / "aad1").stage == "aad"
+    # Small shards are read again, the codec's too.
+    convert(tmp_path / "one", tmp_path / "parts", "pipeline", shard_bytes=200_000)
+    assert len(list((tmp_path / "parts" / "codec").glob("*.safetensors"))) > 1
+    if importlib.util.find_spec("diffusers") and importlib.util.find_spec("transformers"):
+        pipes = [Pipeline.from_pretrained(tmp_path / name) for name in ("one", "parts")]
+        made = [p(None, "ab", num_chunks=1, size=(32, 32)) for p in pipes]
+        assert torch.equal(made[0], made[1])
 
 
 def test_what_is_wrong_is_told_and_nothing_is_written(
@@ -176,6 +201,7 @@ def test_what_is_wrong_is_told_and_nothing_is_written(
         ([str(original), out, "--to", "diffusers", "--shard-gb", "0"], "above 0"),
         ([str(original), out, "--to", "pipeline", "--recipe", "x"], "recipe must be one of"),
         ([str(PACKAGED / "sprites"), out, "--to", "diffusers"], "rope_theta=4.0"),
+        ([str(PACKAGED / "sprites"), out, "--to", "pipeline"], "pipeline already, of the small"),
     ):
         assert main(["convert", *args]) == 2
         printed = capsys.readouterr()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from aad1.errors import UserError
 from aad1.models import wan_keys, wan_shapes
@@ -74,7 +75,9 @@ class Parts:
         """UserError that lists which of these parts are missing and where they were looked for."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
-            raise UserError(_missing(", ".join(missing), self.looked, self.problems))
+            text = _missing(", ".join(missing), self.looked, self.problems)
+            alone = self.transformer is not None
+            raise UserError(text + "; a base folder can supply what is missing" * alone)
 
     def source(self, name: str) -> Source:
         """That part; UserError as `require` if it is missing."""
@@ -369,18 +372,13 @@ def load_wan_vae(
     device: torch.device | str = "cpu",
 ) -> WanCodec:
     """Wan's video autoencoder; float32 by default. Needs diffusers."""
-    from aad1.models.wan_codec import WanCodec
+    from aad1.models.wan_codec import WanCodec, autoencoder_class
 
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise UserError(
-            f"the Wan codec needs diffusers ({error}); install it with: pip install 'aad1[wan]'"
-        ) from error
     source = _source(source, "vae")
     config = vae_json(source)
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(config).to(dtype or torch.float32)
+        vae = autoencoder_class().from_config(config)
+        nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
     load_module(vae, source, device)
     return WanCodec(vae.eval()).to(device).eval()
 

@@ -107,12 +107,11 @@ class Umt5Encoder:
         UserError for tensors of another network, or no tokenizer.
         """
         device = torch.device(device)
-        files = sorted({file.path for file, _ in source.places.values()})
         return cls(
             load_tokenizer(tokenizer),
             lambda: load_umt5(source, dtype, device),
             dim=umt5_json(source)["d_model"],
-            identity=f"{_fingerprint(files)}/{dtype}" if cache else "",
+            identity=f"{source.fingerprint}/{dtype}" if cache else "",
             length=length,
             device=device,
             cache=cache,
@@ -227,25 +226,45 @@ class Umt5Encoder:
 
         UserError names what is missing or damaged.
         """
-        path = Path(folder)
-        saved = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
-        if saved.get("_class_name") not in CLASS_NAMES:
-            saved = {"base": path}
-        length = int(saved.get("length", 512))
-        rest: dict[str, Any] = dict(device=device, dtype=dtype, length=length, cache=cache)
-        if "base" in saved:  # also what a training run notes: where its prompts were encoded
-            parts = find_parts(saved["base"])
-            parts.require("text_encoder", "tokenizer")
-            assert parts.tokenizer is not None
-            return cls.from_source(parts.source("text_encoder"), parts.tokenizer, **rest)
-        if saved.get("encoder") is None:
-            raise UserError(
-                f"{path} was saved without its text encoder; give a base folder that has one"
-            )
-        where = path / str(saved["encoder"])  # an absolute reference stays as it is
-        if not where.exists():
-            raise UserError(f"there is no text encoder at {where}")
-        return cls.from_source(umt5_source(where), path / "tokenizer", **rest)
+        source, tokenizer, length = find_encoder(folder)
+        return cls.from_source(
+            source, tokenizer, device=device, dtype=dtype, length=length, cache=cache
+        )
+
+
+def find_encoder(folder: str | Path) -> tuple[Source, Path, int]:
+    """The encoder's tensors, its tokenizer's folder, and the tokens of a prompt that count.
+
+    folder: what `Umt5Encoder.save_pretrained` wrote, a pipeline's folder with that in `text/`, or
+    Wan's weights in any layout. A note of where the encoder lies is followed.
+
+    UserError names what is missing or damaged.
+    """
+    path = Path(folder)
+    own = next((p for p in (path, path / "text") if _facts(p)), None)
+    if own is None:
+        parts = find_parts(path)
+        parts.require("text_encoder", "tokenizer")
+        assert parts.tokenizer is not None
+        return parts.source("text_encoder"), parts.tokenizer, 512
+    facts = _facts(own)
+    length = int(facts.get("length", 512))
+    if "base" in facts:  # noted by a training run: where its prompts were encoded
+        return (*find_encoder(facts["base"])[:2], length)
+    if facts.get("encoder") is None:
+        raise UserError(
+            f"{own} was saved without its text encoder; give a base folder that has one"
+        )
+    where = own / str(facts["encoder"])  # an absolute reference stays as it is
+    if not where.exists():
+        raise UserError(f"there is no text encoder at {where}")
+    return umt5_source(where), own / "tokenizer", length
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """config.json that `save_pretrained` or a training run wrote; {} if it is of others."""
+    facts = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    return facts if facts.get("_class_name") in CLASS_NAMES else {}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -277,25 +296,6 @@ def _transformers() -> Any:
             f"Wan's text encoder needs transformers ({error}); install: pip install 'aad1[wan]'"
         ) from None
     return transformers
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    """A hash that names an encoder: every file's size, and 64 KiB at 64 places spread over it.
-
-    Reading all of 11 GB would take longer than the prompts that a cache saves.
-    """
-    digest = hashlib.sha256()
-    block, places = 1 << 16, 64
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}/{size}".encode())
-        with path.open("rb") as file:
-            for place in range(places):
-                file.seek(max(0, size - block) * place // (places - 1))
-                digest.update(file.read(block))
-                if size <= block:
-                    break
-    return digest.hexdigest()
 
 
 def _read_rows(path: Path, dim: int) -> Tensor | None:

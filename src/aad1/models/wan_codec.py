@@ -26,13 +26,13 @@ from aad1.models.codec import (
     write_config,
     write_weights,
 )
-from aad1.models.weights import load_strict, read_json, read_tensors
 
 TESTED_DIFFUSERS = "0.42."
-WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
-def _autoencoder_class() -> Any:
+def autoencoder_class() -> Any:
+    """diffusers' AutoencoderKLWan; UserError if it is not installed."""
     try:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
@@ -79,31 +79,7 @@ class WanCodec(nn.Module):
     @classmethod
     def from_config(cls, **config: Any) -> WanCodec:
         """A codec with random weights; fields as of AutoencoderKLWan (base_dim, ...)."""
-        return cls(_autoencoder_class().from_config(config).eval())
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> WanCodec:
-        """Load a folder in diffusers' format, or a hub id (`options` go to diffusers then).
-
-        UserError for a folder with a missing or damaged file, or keys that do not fit.
-        """
-        autoencoder = _autoencoder_class()
-        folder = Path(source)
-        if not folder.is_dir():
-            try:
-                return cls(autoencoder.from_pretrained(str(source), **options).eval())
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"no Wan codec at {str(source)!r}: {reason}") from error
-        path = folder / "config.json"
-        config = read_json(path)
-        if config.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
-            raise UserError(f"{path} is of class {config['_class_name']}, not AutoencoderKLWan")
-        vae = autoencoder.from_config(config)
-        files = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
-        weights = files[0] if files else folder / WEIGHTS_NAMES[0]
-        load_strict(vae, read_tensors(weights), str(weights))
-        return cls(vae.eval())
+        return cls(autoencoder_class().from_config(config).eval())
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -135,7 +111,7 @@ class WanCodec(nn.Module):
         config = json.loads(self.vae.to_json_string())
         config.pop("_name_or_path", None)  # where it was loaded from does not belong in a file
         config.pop("_class_name", None)
-        write_weights(self.vae, Path(folder) / WEIGHTS_NAMES[0], dtype)
+        write_weights(self.vae, Path(folder) / WEIGHTS_NAME, dtype)
         write_config(Path(folder), "AutoencoderKLWan", config)
 
     def _raw(self, latents: Tensor) -> Tensor:

@@ -203,13 +203,18 @@ def record(
         if i < total - 1:
             new = rollout.cache_pass(state, x0, context)
             kvs.append(new)
-            cache = state.cache.append(new, geometry, state.start)
-            state = State(i + 1, geometry.start(i + 1), cache)
-    past = tuple(
-        (torch.cat([kv[n][0] for kv in kvs], 1), torch.cat([kv[n][1] for kv in kvs], 1))
-        for n in range(len(kvs[0]))
-    )
-    return Recorded(torch.cat(xs, 2), torch.cat(x_t, 2), sigma, past)
+            state = State(
+                i + 1, geometry.start(i + 1), state.cache.append(new, geometry, state.start)
+            )
+            del new
+    del state  # its cache holds some of the pieces
+    layers = [list(pieces) for pieces in zip(*kvs, strict=True)]
+    kvs.clear()
+    past: list[KV] = []
+    while layers:  # joined layer by layer, each one's pieces let go of: never twice the whole
+        pieces = layers.pop(0)
+        past.append((torch.cat([k for k, _ in pieces], 1), torch.cat([v for _, v in pieces], 1)))
+    return Recorded(torch.cat(xs, 2), torch.cat(x_t, 2), sigma, tuple(past))
 
 
 def replay(rollout: Rollout, recorded: Recorded, text: torch.Tensor) -> torch.Tensor:

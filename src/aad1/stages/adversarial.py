@@ -140,9 +140,11 @@ class Adversarial:
         real_x = batch.latents
         text = self.conditioner(batch.captions, real_x.shape[2])
         recorded, step = self.self_rollout(real_x, text, rng)
+        fake_x = recorded.x0
+        del recorded  # its K and V, gigabytes at full size, are for the generator's step alone
         tau = self._tau(len(real_x), step, real_x, rng)
         noise = randn(real_x.shape, real_x, rng)
-        both = torch.cat([real_x, recorded.x0])
+        both = torch.cat([real_x, fake_x])
         x_tau = add_noise(both, torch.cat([noise, noise]), torch.cat([tau, tau]))
         sigma, context = torch.cat([tau, tau]), torch.cat([text, text])
         real, fake = self.discriminator(x_tau, sigma, context).chunk(2)

@@ -20,9 +20,10 @@ from torch import nn
 from aad1.core.chunks import Plan as AttentionPlan
 from aad1.core.chunks import bidirectional, block_causal, parallel_chunks
 from aad1.errors import UserError
+from aad1.models.checkpoints import find_parts, wan_config
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanConfig, WanTransformer
-from aad1.models.weights import read_json
+from aad1.models.weights import read_json, read_transformer_config
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.ode_init import OdeInitConfig
@@ -30,7 +31,7 @@ from aad1.train import costs
 from aad1.train.config import Experiment, WanData
 from aad1.train.costs import Clip
 from aad1.train.record import to_plain
-from aad1.train.wan_base import SPATIAL_STRIDE
+from aad1.train.wan_base import VideoSize
 
 GIB = 2**30
 MOST_CONTEXT = 8
@@ -130,25 +131,18 @@ def plan(e: Experiment, cluster: Cluster) -> Plan:
 
 def _clip(e: Experiment, data: WanData) -> Clip:
     _, p, q = e.model.patch_size
-    for name, size, patch in (("width", data.width, q), ("height", data.height, p)):
-        if size < 1 or size % (patch * SPATIAL_STRIDE):
-            raise UserError(
-                f"data.{name} must be a multiple of {patch * SPATIAL_STRIDE}, got {size}"
-            )
-    height, width = data.height // SPATIAL_STRIDE // p, data.width // SPATIAL_STRIDE // q
-    return Clip(data.frames, height * width, e.text_length)
+    _, height, width = VideoSize(width=data.width, height=data.height).latent()
+    return Clip(data.frames, (height // p) * (width // q), e.text_length)
 
 
-def _config_of(folder: Path | None) -> WanConfig | None:
-    """The architecture of a folder's transformer, if the folder is there."""
-    path = folder / "transformer" / "config.json" if folder else None
-    if path is None or not path.is_file():
+def _config_of(path: Path | None) -> WanConfig | None:
+    """The architecture of the weights at `path`; None if nothing is there yet."""
+    if path is None or not path.exists():
         return None
-    raw = read_json(path)
-    known = {k: raw[k] for k in WanConfig.__dataclass_fields__ if k in raw}
-    if "patch_size" in known:
-        known["patch_size"] = tuple(known["patch_size"])
-    return WanConfig(**known)
+    config = path / "transformer" / "config.json"
+    if config.is_file():  # says it all, even before the weights themselves are there
+        return read_transformer_config(read_json(config), config)
+    return wan_config(find_parts(path).source("transformer"))
 
 
 def _count(parameters: list[nn.Parameter]) -> int:
@@ -256,9 +250,9 @@ def _activations(
         return {"generator": graph(student, block_causal(g, frames), frames, clips=clips)}
     past = clips * costs.cache_bytes(student, clip, frames - g.chunk, bf16=bf16)
     seen = len(g.kept(frames, g.chunk))
-    # Recording keeps each chunk's K and V and joins them at the end: twice the past for a moment.
+    # A rollout's cache is replaced, so there are two for a moment.
     phases: dict[str, float] = {
-        "rollout": 2 * past + clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
+        "rollout": past + 2 * clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
     }
     replay = costs.replay_plan(clip, g)
     phases["generator"] = past + graph(student, replay, frames - g.first, clips=clips)
@@ -271,7 +265,7 @@ def _activations(
     judge = student if causal else teacher
     phases["generator, judged"] = past + graph(judge, seen_by, frames, clips=clips, layers=layers)
     passes = 2 if e.stage.penalty_weight else 1
-    phases["discriminator"] = past + graph(
+    phases["discriminator"] = graph(
         judge, seen_by, frames, clips=2 * clips, passes=passes, layers=layers
     )
     return phases

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
+from aad1.models.checkpoints import load_wan_transformer
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import Block, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
@@ -36,7 +37,6 @@ from aad1.train.monitor import CollapseMonitor, Validation
 from aad1.train.record import to_plain, write_record
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
-from aad1.train.wan_base import load_transformer
 from aad1.train.wan_world import StoredText, WanWorld, describe, load_student
 
 STAGE_NAMES = {
@@ -133,7 +133,7 @@ class Run:
             frozen = self.teacher.transformer
             return copy.deepcopy(frozen).requires_grad_(True) if trained else frozen
         dtype = torch.bfloat16 if self.bf16 and not trained else torch.float32
-        network = load_transformer(self._teacher_folder(), self.device, dtype)
+        network = load_wan_transformer(self._teacher_folder(), dtype, self.device)
         return network.requires_grad_(trained)
 
     def _stage(self, log: RunLog) -> tuple[Stage, Source, dict[str, nn.Module]]:
@@ -253,8 +253,10 @@ class Run:
             reason += f", weights of update {trainer.update} (M {monitor.best:.2f}) kept"
         made = self._sheet(validation, trainer, trainer.update)
         log.values(trainer.update, validation.measure(made), "final")
+        pipe = self.pipeline(trainer)
+        pipe.info = replace(pipe.info, sha256=weights_hash(pipe.transformer))
         with replace_folder(final) as temporary:
-            self.pipeline(trainer).save_pretrained(temporary)
+            pipe.save_pretrained(temporary)
         log.say(f"{e.name} ended at {reason}; model in {final}")
         return final
 
@@ -316,7 +318,7 @@ class Run:
     # -- what comes out -------------------------------------------------------------------
 
     def pipeline(self, trainer: Trainer) -> Pipeline:
-        """The averaged generator with its codec and prompt encoder."""
+        """The averaged generator with its codec and prompt encoder; not hashed."""
         e = self.experiment
         model = trainer.ema["generator"]
         assert isinstance(model, WanTransformer)
@@ -324,7 +326,7 @@ class Run:
         height, width = self.world.size
         info = ModelInfo(
             world=self.world.name, width=width, height=height, fps=self.world.fps,
-            stage=self.stage_name, updates=trainer.update, sha256=weights_hash(model),
+            stage=self.stage_name, updates=trainer.update,
             parent=_facts(self.parent), geometry=e.geometry, sigmas=e.sigmas,
             frames=self.world.frames,
         )  # fmt: skip

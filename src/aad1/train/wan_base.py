@@ -1,32 +1,22 @@
-"""The parts of a Wan base folder that distillation needs, each loaded by itself.
+"""What the data commands and the training of Wan share: a clip's size, text encoded once.
 
-A base folder has `transformer/`, `vae/`, `text_encoder/` and `tokenizer/`. A run folder's final/
-(`transformer/`, `codec/`, `model_index.json`) may stand in for the transformer and the codec.
+A base folder is whatever `aad1.models.checkpoints.find_parts` finds Wan's weights in.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
-from aad1.models.codec import Codec, latent_frames, load_codec
-from aad1.models.dit import WanTransformer
+from aad1.models.codec import latent_frames
 from aad1.models.text import TextEncoder
-
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
-    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
-    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-"""What Wan 2.1 samples with as its negative prompt."""
+from aad1.models.umt5 import Umt5Encoder
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
 """Of Wan 2.1's codec."""
@@ -60,39 +50,9 @@ class VideoSize:
         return frames, self.height // spatial_stride, self.width // spatial_stride
 
 
-def part(base: Path, *names: str) -> Path:
-    """The folder of one part, of the first of these names that is there.
-
-    UserError says what is missing and where it was looked for.
-    """
-    if not base.is_dir():
-        raise UserError(f"{base} does not exist; give the folder of a Wan model")
-    for name in names:
-        if (base / name).is_dir():
-            return base / name
-    looked = " and ".join(str(base / name) for name in names)
-    raise UserError(f"{base} is no Wan model: no {names[0]} in {looked}")
-
-
-def load_transformer(
-    base: Path, device: torch.device, dtype: torch.dtype = torch.float32
-) -> WanTransformer:
-    """The diffusion transformer, frozen or not as it comes, in `dtype`."""
-    return WanTransformer.from_pretrained(part(base, "transformer"), dtype, device)
-
-
-def load_base_codec(base: Path, device: torch.device) -> Codec:
-    """The video codec, in float32."""
-    return load_codec(part(base, "vae", "codec"), device=device)
-
-
 def load_text_encoder(base: Path, device: torch.device) -> TextEncoder:
     """Wan's UMT5; 11 GB in bfloat16, so drop it as soon as the prompts are encoded."""
-    encoder = import_module("aad1.models.umt5").Umt5Encoder
-    part(base, "tokenizer")
-    part(base, "text_encoder")
-    loaded: TextEncoder = encoder.from_pretrained(base, device=device)
-    return loaded
+    return Umt5Encoder.from_pretrained(base, device=device)
 
 
 def store_prompts(
@@ -119,20 +79,3 @@ def store_prompts(
     del text
     gc.collect()
     return store
-
-
-def digest(folder: Path) -> str:
-    """Tells one set of weights from another: names, sizes and ends of the files in `folder`.
-
-    Reads 128 KiB a file rather than all of it: a header with every tensor's name and shape, and the
-    last weights, which any training would have changed.
-    """
-    out = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."):
-        size = path.stat().st_size
-        out.update(f"{path.relative_to(folder)}/{size}/".encode())
-        with path.open("rb") as file:
-            out.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            out.update(file.read())
-    return out.hexdigest()[:32]

@@ -12,13 +12,13 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
+from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info
+from aad1.models.checkpoints import find_parts, load_wan_transformer, load_wan_vae
 from aad1.models.dit import WanTransformer
 from aad1.models.weights import read_json, write_json
-from aad1.pipeline import FORMAT, INDEX, ModelInfo, read_info
 from aad1.stages.base import Batch, Conditioner, TextEncoder
 from aad1.train.config import WanData
 from aad1.train.sources import Source, World, permuted
-from aad1.train.wan_base import digest, load_base_codec, part
 
 
 class StoredText:
@@ -108,7 +108,7 @@ class WanWorld(World):
     def __init__(self, data: WanData, seed: int, device: torch.device) -> None:
         self.data, self.seed, self.device, self.fps = data, seed, device, data.fps
         self._heldout = _open(data.heldout, "data.heldout", "videos")
-        self.codec = load_base_codec(data.base, device)
+        self.codec = load_wan_vae(data.base, device=device)
         shape = self._heldout.clip_shape[-4:]
         self.frames = shape[1]
         stride = self.codec.spatial_stride
@@ -158,19 +158,21 @@ class WanWorld(World):
         return video, batch
 
 
-def load_student(folder: Path, device: torch.device) -> tuple[WanTransformer, ModelInfo]:
-    """The transformer (float32) of a Wan base folder or of a run's final/, and what it is."""
-    model = WanTransformer.from_pretrained(part(folder, "transformer"), torch.float32, device)
-    return model, describe(folder)
+def load_student(path: Path, device: torch.device) -> tuple[WanTransformer, ModelInfo]:
+    """The transformer (float32) of a run's final/ or of Wan's weights, and what it is."""
+    return load_wan_transformer(path, torch.float32, device), describe(path)
 
 
-def describe(folder: Path) -> ModelInfo:
-    """What a folder holds: a run's own facts, or "teacher" for a Wan base folder."""
-    if (folder / INDEX).exists() and read_json(folder / INDEX).get("format") == FORMAT:
-        return read_info(folder)
+def describe(path: Path) -> ModelInfo:
+    """What a path holds: a run's own facts; else "teacher", or "distilled" for one that is named
+    a generator (Self-Forcing's .pt files)."""
+    if (path / INDEX).exists() and read_json(path / INDEX).get("format") == FORMAT:
+        return read_info(path)
+    weights = find_parts(path).source("transformer")
+    generator = any(f.weights.startswith("generator") for f, _ in weights.places.values())
     return ModelInfo(
-        world="wan", width=832, height=480, fps=16.0, stage="teacher",
-        sha256=f"files-{digest(part(folder, 'transformer'))}",
+        world="wan", width=832, height=480, fps=16.0,
+        stage="distilled" if generator else "teacher", sha256=f"files-{weights.fingerprint}",
     )  # fmt: skip
 
 

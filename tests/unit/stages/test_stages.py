@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from aad1.core.flow import add_noise
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator, DiscriminatorConfig
 from aad1.models.dit import WanConfig, WanTransformer
-from aad1.rollout.stream import Rollout
+from aad1.rollout.stream import Recorded, Rollout
 from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
-from aad1.stages.base import Batch, Conditioner, SelfRollout, noise_from, randn, uniform
+from aad1.stages.base import Batch, Conditioner, SelfRollout, noise_from, randn, roll_out, uniform
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.losses import discriminator_loss, generator_adversarial_loss
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
@@ -306,6 +308,24 @@ def test_two_step_stages_run_from_both_exits() -> None:
         )
         seen.add(step)
     assert seen == {0, 1}
+
+
+def test_the_rollouts_keys_and_values_are_gone_when_the_discriminator_runs() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def run(*args: Any) -> Recorded:
+        recorded = roll_out(*args)
+        held.extend(weakref.ref(x) for kv in recorded.past for x in kv)
+        return recorded
+
+    stage = adversarial(AdversarialConfig())
+    stage.self_rollout.run = run
+    stage.discriminator.register_forward_pre_hook(
+        lambda *_: alive.append(any(ref() is not None for ref in held))
+    )
+    stage.critic_loss(batch(), rng())
+    assert held and alive == [False, False]
 
 
 def test_relativistic_and_frame_wise_switches_run() -> None:

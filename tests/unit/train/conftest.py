@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aad1.media import write_video
+from wan_files import write_tokenizer
 
 LENGTH, DIM = 12, 24
 
@@ -57,7 +58,7 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=64, d_model=DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=3
     )
     transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    (folder / "tokenizer").mkdir()
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

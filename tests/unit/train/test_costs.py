@@ -205,3 +205,27 @@ def test_the_height_of_a_checkpointed_backward_pass(bf16: bool) -> None:
 
     (short, told_short), (long, told_long) = peak(5), peak(13)
     assert long - short == pytest.approx(told_long - told_short, rel=0.1)
+
+
+def test_a_recorded_rollout_holds_its_keys_and_values_once() -> None:
+    """What each further frame adds at the height: its K and V once, not again while joined."""
+    from dataclasses import replace
+
+    config = replace(CONFIG, num_layers=6, ffn_dim=8, attention_head_dim=32)
+    rollout = Rollout(WanTransformer(config), GEOMETRY)
+
+    def peak(count: int) -> int:
+        x, text = torch.randn(1, 16, count, 4, 6), torch.randn(1, count, 2, 10)
+        noise = torch.randn(1, 1, 16, count - 1, 4, 6)
+        roll_out(rollout, x[:, :, :1], text, noise)  # RoPE tables are built
+        with Live() as live:
+            recorded = roll_out(rollout, x[:, :, :1], text, noise)
+            most = live.most
+        assert sum(k.nbytes + v.nbytes for k, v in recorded.past) == costs.cache_bytes(
+            config, CLIP, count - 2, bf16=False
+        )
+        return most
+
+    # Besides, latents; and one layer's pieces while they are joined.
+    added = (peak(9) - peak(5)) / costs.cache_bytes(config, CLIP, 4, bf16=False)
+    assert 1 <= added < 1.5

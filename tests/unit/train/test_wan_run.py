@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ import pytest
 import torch
 
 from aad1 import cli
+from aad1.convert import convert
 from aad1.core.chunks import ChunkGeometry
 from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
-from aad1.models.codec import load_codec
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.pipeline import Pipeline, read_info, weights_hash
 from aad1.presets import preset
 from aad1.stages.base import Conditioner
-from aad1.train import wan_base
+from aad1.train import run
 from aad1.train.config import Experiment, MonitorConfig, WanData
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
@@ -37,21 +37,22 @@ MODEL = WanConfig(
 
 
 @pytest.fixture(scope="module")
-def data(
-    tiny_wan: Path, videos: Path, tiny_umt5: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+def data(tiny_wan: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips and trajectories, made by the command line."""
     out = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wan_base, "load_text_encoder", lambda base, device: tiny_umt5)
-        common = ["--device", "cpu"]
-        size = ["--width", "32", "--height", "32", "--frames", "17"]
-        assert cli.main(["data", "videos", str(videos), "--model", str(tiny_wan),
-                         "--out", str(out / "clips"), *size, *common]) == 0  # fmt: skip
-        assert cli.main(["data", "trajectories", "--teacher", str(tiny_wan), "--data",
-                         str(out / "clips"), "--out", str(out / "trajectories"), "--steps", "4",
-                         "--clips", "3", "--batch", "2", *common]) == 0  # fmt: skip
-        yield out
+    common = ["--device", "cpu"]
+    size = ["--width", "32", "--height", "32", "--frames", "17"]
+    assert cli.main(["data", "videos", str(videos), "--model", str(tiny_wan),
+                     "--out", str(out / "clips"), *size, *common]) == 0  # fmt: skip
+    assert cli.main(["data", "trajectories", "--teacher", str(tiny_wan), "--data",
+                     str(out / "clips"), "--out", str(out / "trajectories"), "--steps", "4",
+                     "--clips", "3", "--batch", "2", *common]) == 0  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def umt5(tiny_wan: Path) -> Umt5Encoder:
+    return Umt5Encoder.from_pretrained(tiny_wan)
 
 
 def experiment(stage: str, tiny_wan: Path, data: Path, out: Path, **changes: Any) -> Experiment:
@@ -63,7 +64,7 @@ def experiment(stage: str, tiny_wan: Path, data: Path, out: Path, **changes: Any
         data=WanData(train=data / "clips", heldout=data / "clips",
                      trajectories=data / "trajectories", base=tiny_wan,
                      width=32, height=32, frames=5),
-        model=MODEL, text_length=12, geometry=ChunkGeometry(chunk=2, sink=1, window=5),
+        model=MODEL, text_length=512, geometry=ChunkGeometry(chunk=2, sink=1, window=5),
         discriminator=DiscriminatorConfig(taps=(0, 2)), optim=optim, teacher=tiny_wan,
         init=out / f"wan1.3b-{before[stage]}" / "final" if stage in before else None,
         monitor=replace(e.monitor, every=0, clips=1), out=out, device="cpu", log_every=1,
@@ -105,12 +106,11 @@ def test_each_stage_trains_on_from_the_one_before(chain: Path, tiny_wan: Path, s
     assert isinstance(e.data, WanData) and e.data.base == tiny_wan
 
 
-def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tiny_umt5: Any) -> None:
+def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
     final = chain / "wan1.3b-aad" / "final"
-    pipe = Pipeline(
-        WanTransformer.from_pretrained(final / "transformer"), load_codec(final / "codec"),
-        tiny_umt5, read_info(final),
-    )  # fmt: skip
+    pipe = Pipeline.from_pretrained(final)
+    assert torch.equal(pipe.text(["a square"]), Umt5Encoder.from_pretrained(
+        tiny_wan, dtype=torch.float32)(["a square"]))  # fmt: skip
     image = torch.zeros(40, 40, 3, dtype=torch.uint8).numpy()
     stream = pipe.stream(image, "a square moves", seed=3)
     parts = [next(stream) for _ in range(3)]
@@ -120,10 +120,67 @@ def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tiny_umt5: Any) -> 
     assert not torch.equal(parts[1], parts[2])
     reference = json.loads((final / "text" / "config.json").read_text())
     assert reference["base"] == str(tiny_wan.resolve())
+    # Exported, the prompt encoder comes along.
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(final), "--out", str(out), "--no-half"]) == 0
+    source = Umt5Encoder.from_pretrained(out).source
+    assert source is not None and out / "text" / "text_encoder" in source.parents
+    assert torch.equal(
+        Pipeline.from_pretrained(out)(image, "a square moves", num_chunks=3, seed=3), whole
+    )
+
+
+def test_weights_of_any_layout_train(data: Path, tiny_wan: Path, tmp_path: Path) -> None:
+    """Wan's own layout as base and teacher, a .pt as the student: the same first update."""
+    original, generator = tmp_path / "original", tmp_path / "generator.pt"
+    convert(tiny_wan, original, "original")
+    convert(tiny_wan, generator, "self-forcing")
+    finals = []
+    for out, places in (
+        ("a", dict(teacher=tiny_wan)),
+        ("b", dict(teacher=original, init=generator)),
+    ):
+        base = places["teacher"]
+        e = experiment("ode", tiny_wan, data, tmp_path, **places)
+        assert isinstance(e.data, WanData)
+        e = replace(e, data=replace(e.data, base=base), out=tmp_path / out)
+        e = replace(e, optim=replace(e.optim, updates=1, accumulate=1))
+        assert plan(replace(e, model=WanConfig()), Cluster()).teacher == MODEL
+        finals.append(Run(e).train())
+    one, two = map(read_info, finals)
+    assert one.sha256 == two.sha256
+    assert one.parent is not None and one.parent["stage"] == "teacher"
+    assert two.parent is not None and two.parent["stage"] == "distilled"
+    assert Pipeline.from_pretrained(finals[1]).text.length == 512  # follows the note to `original`
+    e = experiment("ode", tiny_wan, data, tmp_path, teacher=generator)
+    with pytest.raises(UserError, match="generator.pt holds stage 'distilled', a teacher"):
+        Run(e)
+
+
+def test_data_commands_take_other_layouts(
+    tiny_wan: Path, data: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, generator = tmp_path / "original", tmp_path / "teacher.safetensors"
+    convert(tiny_wan, original, "original")
+    convert(tiny_wan, generator, "comfyui")
+    size = ["--width", "32", "--height", "32", "--frames", "17", "--device", "cpu"]
+    assert cli.main(["data", "videos", str(videos), "--model", str(original),
+                     "--out", str(tmp_path / "clips"), *size]) == 0  # fmt: skip
+    again, first = ClipShards(tmp_path / "clips"), ClipShards(data / "clips")
+    assert torch.equal(again.read_tensors(), first.read_tensors())
+    (tmp_path / "prompts.txt").write_text("a square\n")
+    command = ["data", "trajectories", "--teacher", str(generator), "--prompts",
+               str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "t"), "--steps", "2",
+               "--student-steps", "1", *size]  # fmt: skip
+    assert cli.main(command) == 2
+    assert f"no text_encoder, tokenizer found; looked in {generator}" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+    assert cli.main([*command, "--base", str(original)]) == 0
+    assert ClipShards(tmp_path / "t").clip_shape == (2, 16, 5, 4, 4)
 
 
 def test_the_conditioner_looks_text_up_and_guides_by_the_negative_prompt(
-    data: Path, tiny_wan: Path, tiny_umt5: Any
+    data: Path, tiny_wan: Path, umt5: Umt5Encoder
 ) -> None:
     e = experiment("dmd", tiny_wan, data, data)
     assert isinstance(e.data, WanData)
@@ -132,12 +189,12 @@ def test_the_conditioner_looks_text_up_and_guides_by_the_negative_prompt(
     assert isinstance(conditioner, StoredConditioner)
     captions = [["a square moves"], ["a long scene", "a long scene", "scene number 2"]]
     got = conditioner(captions, 5)
-    want = Conditioner(tiny_umt5, e.geometry)(captions, 5)
+    want = Conditioner(umt5, e.geometry)(captions, 5)
     assert torch.equal(got, want.bfloat16())
-    assert torch.equal(got[1, 3], tiny_umt5(["scene number 2"])[0].bfloat16())
+    assert torch.equal(got[1, 3], umt5(["scene number 2"])[0].bfloat16())
     null = conditioner.null(got.float())
     assert null.shape == got.shape and null.dtype == torch.float32
-    negative = tiny_umt5([wan_base.NEGATIVE_PROMPT])[0].bfloat16().float()
+    negative = umt5([NEGATIVE_PROMPT])[0].bfloat16().float()
     assert torch.equal(null[1, 4], negative)
     with pytest.raises(UserError, match="no embedding of the prompt 'unheard of'"):
         conditioner([["unheard of"]], 5)
@@ -176,22 +233,26 @@ def test_two_steps_bf16_and_ablations_train(chain: Path, data: Path, tiny_wan: P
         e = experiment(stage, tiny_wan, data, chain)
         e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
         for i, change in enumerate(changes):
-            run = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
+            it = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
             if stage == "dmd":  # the real score is frozen: bfloat16 is enough for it
-                frozen = run._teacher_network(trained=False)
-                assert frozen.dtype == (torch.bfloat16 if run.bf16 else torch.float32)
-                assert run._teacher_network(trained=True).dtype == torch.float32
-            assert (run.train() / "model_index.json").exists()
+                frozen = it._teacher_network(trained=False)
+                assert frozen.dtype == (torch.bfloat16 if it.bf16 else torch.float32)
+                assert it._teacher_network(trained=True).dtype == torch.float32
+            assert (it.train() / "model_index.json").exists()
 
 
-def test_the_monitor_rolls_wan_clips_out(chain: Path, data: Path, tiny_wan: Path,
-                                         tmp_path: Path) -> None:  # fmt: skip
+def test_the_monitor_rolls_wan_clips_out(
+    chain: Path, data: Path, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Any] = []
+    monkeypatch.setattr(run, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
     e = experiment("dmd", tiny_wan, data, chain, monitor=MonitorConfig(every=1, clips=2))
-    e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
+    e = replace(e, optim=replace(e.optim, updates=2, accumulate=1), out=tmp_path)
     folder = Run(e).train().parent
     lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
-    assert [x["M"] >= 0 for x in lines if x["kind"] == "monitor"] == [True]
+    assert [x["M"] >= 0 for x in lines if x["kind"] == "monitor"] == [True, True]
     assert list((folder / "samples").glob("*.png"))
+    assert len(hashed) == 2  # of the last checkpoint and of the final model, not at each check
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
@@ -212,7 +273,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     "change,message",
     [
         (dict(teacher=None), "needs --teacher"),
-        (dict(teacher=Path("nowhere")), "nowhere does not exist; give the folder of a Wan model"),
+        (dict(teacher=Path("nowhere")), "nowhere does not exist"),
         (dict(geometry=ChunkGeometry()), None),
         (dict(geometry=ChunkGeometry(chunk=3)), "5 latent frames do not split into 1"),
     ],
@@ -278,7 +339,7 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
 ) -> None:  # fmt: skip
     e = experiment(stage, tiny_wan, data, chain, discriminator=DiscriminatorConfig(taps=taps))
     e = replace(e, optim=replace(e.optim, updates=1, accumulate=1), out=tmp_path)
-    run = Run(e)
+    it = Run(e)
     held: dict[str, int] = {}
     step = Trainer.step
 
@@ -290,11 +351,11 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
         return logs
 
     monkeypatch.setattr(Trainer, "step", watched)
-    run.train()
+    it.train()
     p = plan(replace(e, precision="fp32"), Cluster())
     for kind, size in held.items():
         assert sum(getattr(role, kind) for role in p.roles) == size, kind
-    count = sum(q.numel() for q in run.generator.parameters())
+    count = sum(q.numel() for q in it.generator.parameters())
     assert p.roles[0].parameters == count
     names = {"ode": ["generator"], "dmd": ["generator", "real score", "fake score"],
              "aad": ["generator", "discriminator", "its heads"]}[stage]  # fmt: skip
@@ -302,7 +363,11 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
 
 
 def test_trajectories_from_a_file_of_prompts(
-    data: Path, tiny_wan: Path, tiny_umt5: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tiny_wan: Path,
+    umt5: Umt5Encoder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\n two  words \none\n")
@@ -314,7 +379,7 @@ def test_trajectories_from_a_file_of_prompts(
     assert shards.captions == [["one"], ["two words"], ["one"]]
     assert shards.clip_shape == (3, 16, 5, 6, 4)
     store = TextStore(tmp_path / "out" / "text")
-    assert store.negative == wan_base.NEGATIVE_PROMPT and "two words" in store
+    assert store.negative == NEGATIVE_PROMPT and "two words" in store
     capsys.readouterr()
     for extra, message in (
         ([], "give either --prompts FILE or --data FOLDER"),
@@ -329,9 +394,7 @@ def test_trajectories_from_a_file_of_prompts(
         assert message in capsys.readouterr().err
 
 
-def test_an_lmdb_becomes_stage_one_s_data(
-    tiny_wan: Path, data: Path, tmp_path: Path, tiny_umt5: Any
-) -> None:
+def test_an_lmdb_becomes_stage_one_s_data(tiny_wan: Path, data: Path, tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
     import numpy as np
 

@@ -15,9 +15,9 @@ from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
+from aad1.models.umt5 import NEGATIVE_PROMPT
 from aad1.train.config import TrajectoryConfig
 from aad1.train.trajectories import write_trajectories
-from aad1.train.wan_base import NEGATIVE_PROMPT
 from aad1.train.wan_world import StoredConditioner, StoredText
 
 SHAPE = (16, 3, 4, 6)
