@@ -13,6 +13,7 @@ import tyro
 
 from aad1 import __version__, cli_data
 from aad1.errors import UserError
+from aad1.evaluation.command import Evaluate, evaluate
 from aad1.generate import Generate, generate, pair_loras
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ Command = (
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 
 
@@ -218,6 +220,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Encode: encode,
     Export: export,
     Convert: convert,
+    Evaluate: evaluate,
 }
 
 
