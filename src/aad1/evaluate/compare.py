@@ -133,9 +133,9 @@ def wasserstein(one: Tensor, other: Tensor) -> float:
     """Wasserstein-1 distance of two samples of numbers, [N] and [M]; exact for any N and M."""
     values = torch.cat([one, other]).double().sort().values
     below = values[:-1]
-    first = torch.searchsorted(one.double().sort().values, below, right=True) / len(one)
-    second = torch.searchsorted(other.double().sort().values, below, right=True) / len(other)
-    return float(((first - second).abs().double() * values.diff()).sum())
+    first = torch.searchsorted(one.double().sort().values, below, right=True).double()
+    second = torch.searchsorted(other.double().sort().values, below, right=True).double()
+    return float(((first / len(one) - second / len(other)).abs() * values.diff()).sum())
 
 
 def _scores(videos: Measured, reference: Reference) -> Tensor:

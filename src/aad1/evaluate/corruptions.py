@@ -21,6 +21,8 @@ DRIFT_NOISE = 12.0
 FLICKER = 0.08
 """Standard deviation of the factor of a frame's brightness."""
 FREEZE_AT = 8
+PING_PONG = 6
+"""Frames from one turn to the next."""
 
 
 def static(videos: Tensor) -> Tensor:
@@ -41,8 +43,8 @@ def doubled(videos: Tensor) -> Tensor:
 
 
 def ping_pong(videos: Tensor) -> Tensor:
-    """The first third forwards and backwards, again and again."""
-    length = max(2, videos.shape[1] // 3)
+    """The first frames forwards and backwards, again and again."""
+    length = PING_PONG
     position = torch.arange(videos.shape[1]) % (2 * length)
     return videos[:, torch.where(position <= length, position, 2 * length - position)]
 
