@@ -155,8 +155,11 @@ def _drift_of(seconds: float) -> Extract:
 
 def _drift_ratio(seconds: float) -> Reduce:
     def reduce(rows: Tensor, reference: Reference) -> float:
-        real = drift(_scores(reference.videos, reference), seconds, reference.videos.fps)
-        return float(rows.mean()) / float(real.mean())
+        videos = reference.videos
+        real = float(drift(_scores(videos, reference), seconds, videos.fps).mean())
+        if not real > 0:
+            raise UserError("the real videos do not drift at all: no ratio to them")
+        return float(rows.mean()) / real
 
     return reduce
 
@@ -356,7 +359,7 @@ def _interval(
     if metric.share:
         return wilson(int(rows.sum()), len(rows))
     if metric.name.startswith("drift_ratio"):  # the real part is the same in every resample
-        scale = _value(metric, videos, reference) / float(rows.mean())
+        scale = metric.reduce(torch.ones(1), reference)
         return bootstrap(
             lambda index: scale * float(rows[index].mean()), videos.keys, resamples=resamples
         )

@@ -20,7 +20,7 @@ from aad1.evaluate.compare import (
     not_computed,
 )
 from aad1.evaluate.intervals import bootstrap, wilson
-from aad1.evaluate.measure import Measured, join, measure, measure_all
+from aad1.evaluate.measure import Measured, join, measure_all, stride_for
 from aad1.evaluate.motion import grey, motion
 from aad1.evaluation.oracle_figures import oracle_section, pan_speed, true_pan_deviation
 from aad1.evaluation.result import Picture, Result, Section
@@ -266,7 +266,7 @@ def _steering(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: T
     figures: dict[str, Figure] = {}
 
     def across(videos: Sequence[Tensor]) -> Tensor:
-        stride = tables[0].stride
+        stride = 2 * stride_for(len(videos[0]))  # a sign needs fewer pairs than M
         return torch.stack(
             [motion(v[None].to(pipe.device), stride=stride).direction[0, 0] for v in videos]
         )
@@ -303,9 +303,8 @@ def _diversity(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: 
     tell(f"{plan.samples} samples of each of {len(starts)} first frames")
     speeds, ends, flows = [], [], []
     for video in rollouts(pipe, again, seeds, chunks):
-        flows.append(
-            measure(video[None].to(pipe.device), fps=world.fps, keys=["sample"]).magnitude[0]
-        )
+        stride = 2 * stride_for(len(video))
+        flows.append(motion(video[None].to(pipe.device), stride=stride).magnitude[0])
         ends.append(grey(video[-1]))
         speeds.append(pan_speed(video) if world.state is not None else torch.zeros(()))
     within = torch.stack(flows).view(len(starts), -1).std(dim=1)
