@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from aad1.evaluate.compare import (
     MOTION,
     QUALITY,
     Figure,
+    Reference,
     beside,
     compare,
     not_computed,
@@ -24,7 +26,8 @@ from aad1.evaluate.measure import Measured, join, measure_all, stride_for
 from aad1.evaluate.motion import grey, motion
 from aad1.evaluation.oracle_figures import oracle_section, pan_speed, true_pan_deviation
 from aad1.evaluation.result import Picture, Result, Section
-from aad1.evaluation.worlds import RealWorld, Start
+from aad1.evaluation.worlds import RealWorld, Start, Videos
+from aad1.models.codec import PixelCodec
 from aad1.pipeline import Pipeline
 
 STEERING = {"turn left": 1, "strafe left": 1, "turn right": -1, "strafe right": -1}
@@ -75,10 +78,12 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
     # The first chunks of a long rollout are those of a short one with the same seed.
     tell(f"{len(long_starts)} rollouts of {long_chunks} chunks")
     whole, first, last = [], [], []
+    psnr: list[float] = []
     for start, video in zip(
         long_starts, rollouts(pipe, long_starts, seeds, long_chunks), strict=True
     ):
         whole.append(_measure(video, start, world, pipe))
+        psnr.append(_psnr(video[0], start.image))
         first.append(_measure(video[: real.frames], start, world, pipe))
         last.append(_measure(video[-real.frames :], start, world, pipe))
         if len(pictures) < 4:
@@ -98,6 +103,7 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
         if len(shown) < 8:
             shown.append((start, video))
         kept.append(video)
+        psnr.append(_psnr(video[0], start.image))
     short_pictures = [
         Picture(
             title=start.prompt, generated=video,
@@ -105,9 +111,10 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
         )
         for i, (start, video) in enumerate(shown)
     ]  # fmt: skip
-    sections = [_short(first, world)]
+    sections = [_short(first, world, psnr)]
     if whole:
         sections += [_long(whole, world, real.frames), _last(last, world)]
+    sections += _controls(pipe, starts, world, tell)
     if plan.steered and steerable(world):
         sections.append(_steering(pipe, world, plan, chunks, tell))
     if plan.repeated and plan.samples > 1:
@@ -179,12 +186,19 @@ def _measure(video: Tensor, start: Start, world: RealWorld, pipe: Pipeline) -> M
     return measure_all([(start.key, start.prompt, video)], fps=world.fps, device=pipe.device)
 
 
-def _short(parts: list[Measured], world: RealWorld) -> Section:
+def _psnr(frame: Tensor, image: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, at most 60 (equal pictures have none)."""
+    error = float((frame.float() - image.float()).square().mean())
+    return 10 * math.log10(255**2 / max(error, 255**2 * 1e-6))
+
+
+def _short(parts: list[Measured], world: RealWorld, psnr: list[float]) -> Section:
     videos, real = join(parts), world.short
     figures = compare(
         videos, real.reference, real.other, [*MOTION, *QUALITY, *DRIFT],
         floor_reference=real.floor_reference,
     )  # fmt: skip
+    figures["first_frame_psnr"] = _mean(torch.tensor(psnr, dtype=torch.float64))
     seconds = (videos.frames - 1) / world.fps
     return Section(
         name="short", title=f"Videos of {seconds:.3g} s", figures=beside(figures, figures["M"]),
@@ -237,6 +251,58 @@ def _last(parts: list[Measured], world: RealWorld) -> Section:
         note="Set beside the short real clips, of equal length.",
         figures=beside(figures, figures["M"]), videos=videos, reference=real.reference,
     )  # fmt: skip
+
+
+def _controls(
+    pipe: Pipeline, starts: Sequence[Start], world: RealWorld, tell: Tell
+) -> list[Section]:
+    """What needs no model: first frames held still, and real clips through the codec."""
+    real = world.short
+    frames = real.reference.videos.frames
+    frozen = measure_all(
+        ((s.key, s.prompt, s.image.expand(frames, -1, -1, -1)) for s in starts),
+        fps=world.fps, device=pipe.device,
+    )  # fmt: skip
+    figures = compare(frozen, real.reference, None, [*MOTION, *QUALITY, *DRIFT], resamples=0)
+    sections = [
+        Section(
+            name="frozen", title="Control: the first frames held still",
+            figures=beside(figures, figures["M"]),
+            note="What a collapsed model gets. A figure that calls this good says nothing alone.",
+        )
+    ]  # fmt: skip
+    if world.originals is None or isinstance(pipe.codec, PixelCodec):
+        return sections
+
+    def decoded(videos: Videos) -> Measured:
+        return measure_all(
+            (
+                (key, prompt, pipe.codec.decode(pipe.codec.encode(video[None].to(pipe.device)))[0])
+                for key, prompt, video in videos()
+            ),
+            fps=world.fps, device=pipe.device,
+        )  # fmt: skip
+
+    tell("real clips through the codec")
+    one, two = (decoded(videos) for videos in world.originals)
+    two = two.select(range(min(len(starts), len(two))))
+    chosen = [METRICS[name] for name in ("M", "niqe", "sharpness", "FDtd", "FDnss_early",
+                                         "FDnss_late")]  # fmt: skip
+    against_codec = compare(two, Reference.of(one, real.reference.frames), None, chosen,
+                            resamples=0)  # fmt: skip
+    against_real = compare(two, real.reference, real.other, chosen, resamples=0)
+    sections += [
+        Section(
+            name="codec", title="Control: other real clips through the codec",
+            figures=beside(against_real, against_real["M"]),
+            note="No model with this codec can be expected to do better.",
+        ),
+        Section(
+            name="codec_floor", title="Floor of the codec: both sides through the codec",
+            figures=beside(against_codec, against_codec["M"]),
+        ),
+    ]  # fmt: skip
+    return sections
 
 
 # ---- does it do what the prompt says? -----------------------------------------------------------

@@ -29,6 +29,7 @@ FORMAT = "aad1.evaluation.1"
 _PLOT_POINTS = 40
 
 LABELS = {
+    "first_frame_psnr": "first frame against the image given, dB (60 at most)",
     "diversity_flow": "within-prompt SD of flow, pixels per frame",
     "diversity_camera": "within-prompt SD of camera speed, ratio to the true one",
     "diversity_frames": "within-prompt SD of the last frames, grey levels",

@@ -7,14 +7,16 @@ clips give the floors. Neither may have been used in training or in choosing wei
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aad1.data.batch import Clips
 from aad1.data.shards import ClipShards
 from aad1.errors import UserError
 from aad1.evaluate.compare import Reference
@@ -27,6 +29,10 @@ PACKAGED = Path(__file__).parents[1] / "packaged"
 REFERENCE_CLIPS = 128
 DRAWN_SEED = 0x5EED_E7A1
 """Of drawn clips; training and its monitor draw from other seeds."""
+
+
+Videos = Callable[[], Iterator[tuple[str, str, Tensor]]]
+"""Key, prompt and uint8 [T, H, W, 3] of each video, from the first on at every call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,8 @@ class RealWorld:
     """What truly happens in the other drawn clips."""
     truth: Tensor | None = None
     """These clips, uint8 [N, T, H, W, 3]."""
+    originals: tuple[Videos, Videos] | None = None
+    """The reference clips and the others again, as videos; packaged statistics have none."""
 
 
 def recorded(
@@ -115,13 +123,18 @@ def recorded(
             f"--clips {clips} needs {2 * clips} real clips, {folder} holds {len(shards)}"
         )
     numbers = [(skip + k) % len(shards) for k in range(2 * count)]
-    reference = _measured(shards, numbers[:count], fps, device)
-    short = RealVideos.of(reference, _measured(shards, numbers[count:], fps, device))
+    originals = (
+        partial(_read, shards, numbers[:count]), partial(_read, shards, numbers[count:])
+    )  # fmt: skip
+    one, two = (measure_all(videos(), fps=fps, device=device) for videos in originals)
+    short = RealVideos.of(one, two)
     longer = None
     if long is not None:
         many = _video_shards(long)
         longer = RealVideos.of(
-            _measured(many, range(len(many)), fps, device, "long clip"), None, short.reference
+            measure_all(_read(many, range(len(many)), "long clip"), fps=fps, device=device),
+            None,
+            short.reference,
         )
     chosen = numbers[:clips]
     videos = [shards.tensors([n])[0] for n in chosen[:8]]
@@ -136,6 +149,7 @@ def recorded(
         long=longer,
         starts=starts,
         clips=videos,
+        originals=originals,
     )
 
 
@@ -146,15 +160,11 @@ def _video_shards(folder: Path) -> ClipShards:
     return shards
 
 
-def _measured(
-    shards: ClipShards, numbers: Sequence[int], fps: float, device: torch.device | str,
-    name: str = "clip",
-) -> Measured:  # fmt: skip
-    def videos() -> Iterator[tuple[str, str, Tensor]]:
-        for n in numbers:
-            yield f"{name} {n}", prompt_of(shards.captions[n]), shards.tensors([n])[0]
-
-    return measure_all(videos(), fps=fps, device=device)
+def _read(
+    shards: ClipShards, numbers: Sequence[int], name: str = "clip"
+) -> Iterator[tuple[str, str, Tensor]]:
+    for n in numbers:
+        yield f"{name} {n}", prompt_of(shards.captions[n]), shards.tensors([n])[0]
 
 
 def drawn(
@@ -168,14 +178,15 @@ def drawn(
     longer = replace(config, frames=long_frames)
     many, _ = draw(longer, max(32, count // 4), seed=DRAWN_SEED + 2, device=device)
 
-    def measured(video: Tensor, captions: list[list[str]], name: str) -> Measured:
-        rows = ((f"{name} {i}", prompt_of(captions[i]), v) for i, v in enumerate(video))
-        return measure_all(rows, fps=fps, device=device)
+    def rows(clips: Clips, name: str) -> Iterator[tuple[str, str, Tensor]]:
+        for i, video in enumerate(clips.video):
+            yield f"{name} {i}", prompt_of(clips.captions[i]), video
 
-    short = RealVideos.of(
-        measured(one.video, one.captions, "clip"), measured(two.video, two.captions, "other clip")
-    )
-    long = RealVideos.of(measured(many.video, many.captions, "long clip"), None, short.reference)
+    def measured(clips: Clips, name: str) -> Measured:
+        return measure_all(rows(clips, name), fps=fps, device=device)
+
+    short = RealVideos.of(measured(one, "clip"), measured(two, "other clip"))
+    long = RealVideos.of(measured(many, "long clip"), None, short.reference)
     starts = [
         Start(key=f"clip {i}", captions=one.captions[i], image=one.video[i, 0].cpu())
         for i in range(clips)
@@ -183,6 +194,7 @@ def drawn(
     return RealWorld(
         name="sprites", fps=fps, short=short, long=long, starts=starts,
         clips=list(one.video[: min(8, clips)].cpu()), state=state, truth=two.video.cpu(),
+        originals=(partial(rows, one, "clip"), partial(rows, two, "other clip")),
     )  # fmt: skip
 
 

@@ -91,9 +91,8 @@ def test_bad_folders(
     broken.mkdir()
     (broken / "a.mp4").write_bytes(b"no video at all")
     assert "a.mp4" in refused(capsys, out, broken, real)
-    short = folder_of(
-        tmp_path / "short", draw(SpritesConfig(size=32, frames=3), 2, seed=0)[0].video
-    )
+    brief = draw(SpritesConfig(size=32, frames=3), 2, seed=0)[0].video
+    short = folder_of(tmp_path / "short", brief)
     assert "at least 5 frames" in refused(capsys, out, short, real)
     one = folder_of(tmp_path / "one", draw(CONFIG, 1, seed=0)[0].video)
     assert "at least 2 real" in refused(capsys, out, made, one)

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from aad1.errors import UserError
+from aad1.evaluate.compare import QUALITY, compare
 from aad1.evaluation.model import Plan, chunks_for, evaluate_model, rollouts
 from aad1.evaluation.page import number, page
 from aad1.evaluation.result import Result
-from aad1.evaluation.worlds import RealWorld, drawn, pack, packaged
+from aad1.evaluation.worlds import RealWorld, drawn, pack, packaged, recorded
 from aad1.pipeline import Pipeline
 from aad1.worlds.sprites import SpritesConfig
+from aad1.worlds.write import write_world
 
 CONFIG = SpritesConfig(size=16, frames=9, num_sprites=1)
 PLAN = Plan(
@@ -50,7 +52,14 @@ def test_every_section_is_there_and_written(
 ) -> None:
     said: list[str] = []
     result = evaluate_model(pipe, world, PLAN, said.append)
-    assert [s.name for s in result.sections] == ["short", "long", "last", "diversity", "oracle"]
+    assert [s.name for s in result.sections] == [
+        "short",
+        "long",
+        "last",
+        "frozen",
+        "diversity",
+        "oracle",
+    ]
     short, long = result.section("short"), result.section("long")
     assert short.videos is not None and len(short.videos) == 5
     assert long.videos is not None and long.videos.frames == 17
@@ -58,6 +67,9 @@ def test_every_section_is_there_and_written(
     assert short.figures["FDtd"].reason == "needs at least 16 videos, 5 are there"
     assert long.figures["drift_ratio_2s"].value is not None
     assert long.figures["M"].value == long.figures["drift_ratio_2s"].M
+    assert short.figures["first_frame_psnr"].value == 60  # a lossless codec
+    frozen = result.section("frozen").figures
+    assert frozen["M"].value == pytest.approx(0, abs=1e-4) and frozen["drift_1s"].value == 0
     assert result.section("oracle").figures["colors"].floor == pytest.approx(1, abs=0.3)
     result.write(tmp_path)
     record = json.loads((tmp_path / "evaluation.json").read_text())
@@ -128,3 +140,33 @@ def test_a_packed_world_judges_like_the_one_it_was_made_from(
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_recorded_clips_and_the_controls_of_a_codec(pipe: Pipeline, tmp_path: Path) -> None:
+    shards = write_world("sprites", tmp_path / "clips", clips=40, size=16, frames=9)
+    world = recorded(shards.folder, clips=4, skip=3, fps=4.0, long=None)
+    assert [s.key for s in world.starts] == ["clip 3", "clip 4", "clip 5", "clip 6"]
+    assert torch.equal(world.starts[0].image, shards.tensors([3])[0, 0])
+    assert world.short.other is not None
+    assert set(world.short.reference.videos.keys).isdisjoint(world.short.other.keys)
+
+    class Lossless:  # not known to be lossless, so it is measured
+        temporal_stride = pipe.codec.temporal_stride
+        encode, decode = pipe.codec.encode, pipe.codec.decode
+
+    pipe.codec = Lossless()  # type: ignore[assignment]
+    result = evaluate_model(pipe, world, PLAN, lambda _: None)
+    codec, floor = result.section("codec").figures, result.section("codec_floor").figures
+    real = compare(
+        world.short.other.select(range(4)), world.short.reference, None, QUALITY, resamples=0
+    )
+    for name in ("niqe", "sharpness"):
+        assert codec[name].value == pytest.approx(real[name].value, rel=1e-6)
+        assert floor[name].value == pytest.approx(real[name].value, rel=1e-6)
+    assert "no real videos of 17 frames" in result.section("long").figures["drift_ratio_2s"].reason
+    assert result.section("long").figures["drift_2s"].value is not None
+    with pytest.raises(UserError, match="at least 32 are needed"):
+        recorded(
+            write_world("sprites", tmp_path / "few", clips=8, size=16, frames=9).folder,
+            clips=4, skip=0, fps=4.0, long=None,
+        )  # fmt: skip
