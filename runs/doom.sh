@@ -19,3 +19,5 @@ aad1 train doom-ode
 aad1 train doom-dmd
 aad1 train doom-aad
 aad1 export out/doom-aad/final --out src/aad1/packaged/doom
+# The monitor showed the first 64 held-out clips in training, so they are left out.
+aad1 evaluate --model out/doom-aad/final --data out/data/doom-heldout --skip 64 --out out/doom-evaluation

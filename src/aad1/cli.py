@@ -13,6 +13,7 @@ import tyro
 
 from aad1 import __version__, cli_data, cli_vbench
 from aad1.errors import UserError
+from aad1.evaluation.command import Evaluate, evaluate
 from aad1.generate import Generate, generate, pair_loras
 from aad1.serve.command import Serve, serve
 
@@ -130,6 +131,7 @@ Command = (
         cli_vbench.Command,
         tyro.conf.subcommand("vbench", description="VBench-I2V, beside the paper's table."),
     ]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 
 
@@ -225,6 +227,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Encode: encode,
     Export: export,
     Convert: convert,
+    Evaluate: evaluate,
 }
 
 

@@ -128,7 +128,7 @@ def _refine(first: Tensor, second: Tensor, estimate: Tensor, iterations: int) ->
     xx, xy, yy = tensor[:, :1] + REGULARISER, tensor[:, 1:2], tensor[:, 2:] + REGULARISER
     inverse = 1 / (xx * yy - xy * xy)
     for _ in range(iterations):
-        warped, inside = _warp(second, estimate)
+        warped, inside = warp(second, estimate)
         # What leaves the frame has no match: it must not pull at the windows near the border.
         change = (first - warped) * inside
         pull = _window_mean(torch.cat([slope_x * change, slope_y * change], dim=1))
@@ -138,8 +138,13 @@ def _refine(first: Tensor, second: Tensor, estimate: Tensor, iterations: int) ->
     return estimate
 
 
-def _warp(image: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """image [B, 1, H, W] read at x + displacement [B, 2, H, W], and where that lies inside it."""
+def warp(image: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """A picture as its displaced neighbours give it.
+
+    image: float [B, C, H, W]; displacement: float [B, 2, H, W], (x, y) in pixels.
+    Returns the image read at x + displacement [B, C, H, W], clamped at the border, and where that
+    lies inside the image: bool [B, 1, H, W].
+    """
     height, width = image.shape[2:]
     x = displacement[:, 0] + torch.arange(width, device=image.device)
     y = displacement[:, 1] + torch.arange(height, device=image.device)[:, None]
@@ -220,7 +225,7 @@ def _foretold(frame: Tensor, following: Tensor, onward: Tensor) -> Tensor:
 
     onward: [K, 2, H, W], where each pixel goes if its motion goes on.
     """
-    found, inside = _warp(following[:, None], onward)
+    found, inside = warp(following[:, None], onward)
     change = ((following - frame).square() * inside[:, 0]).sum(dim=(1, 2))
     missed = ((found[:, 0] - frame).square() * inside[:, 0]).sum(dim=(1, 2))
     floor = ENERGY_FLOOR * inside.sum(dim=(1, 2, 3))
