@@ -185,9 +185,9 @@ class FastTransformer:
         self.layers = [_layer(b, config.fp8) for b in model.blocks if isinstance(b, Block)]
         self._modulation: dict[float, tuple[list[Modulation], tuple[torch.Tensor, ...]]] = {}
         self._functions: Any = (before_attention, keys_values, after_attention)
-        self._compiled = self._functions
+        self._compiled: Any = self._functions
         if config.compile:
-            dynamo = torch._dynamo.config
+            dynamo: Any = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILES)
             self._compiled = tuple(
                 torch.compile(f, fullgraph=True, dynamic=False) for f in self._functions
@@ -248,21 +248,22 @@ class FastTransformer:
             for i, layer in enumerate(self.layers):
                 m = _side_by_side([blocks[i] for blocks, _ in levels], sizes)
                 if i == len(self.layers) - 1 and not predict and len(parts) == 1:
-                    k, v, raw = only_kv(x, layer, m.shift1, m.scale1, tables, self.fixed)
-                    places[0].write(i, k, v)
-                    places[0].finish(i, None, raw)
+                    kept = only_kv(x, layer, m.shift1, m.scale1, tables, self.fixed)
+                    places[0].write(i, *kept[:2])
+                    places[0].keep_sink(i, kept[2])
                     break
                 direct = places[0].direct(i) if len(parts) == 1 else None
-                q, k, v, stored, raw = before(
-                    x, layer, m.shift1, m.scale1, tables, direct, self.fixed
-                )
+                made = before(x, layer, m.shift1, m.scale1, tables, direct, self.fixed)
+                q, own, v, stored, raw = made
                 seen = []
                 for place, at in zip(places, _ranges(sizes), strict=True):
                     if direct is None:
                         slots.turn_sink(place.part.start, place.part.size, i)
-                        place.write(i, k[:, at], v[:, at])
+                        place.write(i, own[:, at], v[:, at])
                     seen.append(place.attend(i, q[:, at]))
-                    place.finish(i, _cut(stored, at), _cut(raw, at))
+                    if place.store is not None:
+                        place.write(i, stored[:, at])
+                    place.keep_sink(i, None if raw is None else raw[:, at])
                 attended = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
                 texts = tuple(p.text[i] for p in parts)
                 x = after(x, attended, layer, m, texts, sizes, self.fixed)
@@ -314,22 +315,21 @@ class _Place:
         (a, b), s = self.runs[0], self.slots
         return s.k[layer, :, a:b], s.v[layer, :, a:b]
 
-    def write(self, layer: int, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
-        """Copy K and V [B, F, L, N, head_dim] into the chunk's slots."""
-        for memory, value in ((self.slots.k, k), (self.slots.v, v)):
-            at = 0
-            for a, b in self.runs if value is not None else ():
-                memory[layer, :, a:b].copy_(value[:, at : at + b - a])  # type: ignore[index]
-                at += b - a
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
+        """Copy K and V [B, F, L, N, head_dim] into the chunk's slots, or K alone."""
+        at = 0
+        for a, b in self.runs:
+            self.slots.k[layer, :, a:b].copy_(k[:, at : at + b - a])
+            if v is not None:
+                self.slots.v[layer, :, a:b].copy_(v[:, at : at + b - a])
+            at += b - a
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         k, v = (m[layer, :, : self.filled].flatten(1, 2) for m in (self.slots.k, self.slots.v))
         return attend(q.flatten(1, 2), k, v).unflatten(1, q.shape[1:3])
 
-    def finish(self, layer: int, stored: torch.Tensor | None, raw: torch.Tensor | None) -> None:
-        """After attention: K as later chunks read it, and the sink's before rotation."""
-        if self.store is not None:
-            self.write(layer, stored, None)
+    def keep_sink(self, layer: int, raw: torch.Tensor | None) -> None:
+        """Keep the time channels of new sink frames as they are before rotation."""
         if self.raw is not None and raw is not None:
             sink, start = self.slots.sink_raw[layer], self.part.start
             new = raw[:, : sink.shape[1] - start, ..., : sink.shape[-1]]
@@ -356,10 +356,6 @@ def _tables(places: list[_Place]) -> Tables:
 def _ranges(sizes: tuple[int, ...]) -> list[slice]:
     ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _cut(x: torch.Tensor | None, at: slice) -> torch.Tensor | None:
-    return None if x is None else x[:, at]
 
 
 def _side_by_side(levels: list[Modulation], sizes: tuple[int, ...]) -> Modulation:

@@ -185,7 +185,7 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
         finish = dit._Place.write
         monkeypatch.setattr(
             dit._Place, "write",
-            lambda self, layer, k, v: finish(self, min(layer, 1), k, v),
+            lambda self, layer, k, v=None: finish(self, min(layer, 1), k, v),
         )  # fmt: skip
     else:
         how = "merged"  # noisy rows that see the cache of before, not the clean chunk
