@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from aad1 import __version__, cli_data
+from aad1.bench.config import BenchConfig
 from aad1.errors import UserError
 from aad1.generate import Generate, generate, pair_loras
 
@@ -124,6 +125,7 @@ Command = (
     | Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )
 
 
@@ -212,12 +214,19 @@ def convert(args: Convert) -> None:
     print(f"{args.dst}: {', '.join(parts)} ({args.to})")
 
 
-RUN: dict[type, Callable[[Any], None]] = {
+def bench(args: BenchConfig) -> None:
+    from aad1.bench.run import bench as run
+
+    run(args)
+
+
+RUN: dict[type, Callable[[Any], Any]] = {
     Generate: generate,
     Data: data,
     Encode: encode,
     Export: export,
     Convert: convert,
+    BenchConfig: bench,
 }
 
 

@@ -13,7 +13,7 @@ from aad1.models.wan_vae import FastWanVae, WanVaeConfig
 
 pytest.importorskip("diffusers")
 
-from aad1.models.wan_codec import WanCodec  # noqa: E402
+from aad1.models.wan_codec import WanCodec
 
 
 def build(**config: object) -> WanCodec:

@@ -11,6 +11,7 @@ through its last time slice, a 2-D convolution, and time is not doubled.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class Causal(nn.Conv3d):
         pad = (self.kernel_size[1] // 2, self.kernel_size[2] // 2)
         return nnf.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad)[:, :, None]
 
-    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:  # type: ignore[override]
         """x [B, C, T, h, w] after `past` [B, C, 2, h, w], which becomes x's last frames."""
         joined = torch.cat([past, x], 2)
         past.copy_(joined[:, :, -PAST:])
@@ -226,7 +227,7 @@ class Decoder(nn.Module):
         self.mid_block = Middle(widths[0])
         temporal = list(reversed(config.temperal_downsample))
         blocks = []
-        for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
             up = "" if i == len(temporal) else "3d" if temporal[i] else "2d"
             blocks.append(UpBlock(d_in // 2 if i else d_in, d_out, config.num_res_blocks + 1, up))
         self.up_blocks = nn.ModuleList(blocks)
@@ -272,7 +273,7 @@ class ImageEncoder(nn.Module):
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv_in = Causal(3, widths[0], (3, 3, 3))
         blocks: list[nn.Module] = []
-        for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
             blocks += [Residual(d_out if n else d_in, d_out) for n in range(config.num_res_blocks)]
             if i < len(config.temperal_downsample):
                 blocks.append(Downsample(d_out, config.temperal_downsample[i]))
