@@ -36,10 +36,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     size = _size(config)
     if config.chunks < 1:
         raise UserError(f"chunks must be at least 1, got {config.chunks}")
-    fast = _switches(config, device)
+    _switches(config, device, 0)  # unknown names, before anything is built
     if config.threads:
         torch.set_num_threads(config.threads)
     subject = _subject(config, size, device, dtype)
+    fast = _switches(config, device, subject.model.config.width)
     if not admits(subject.geometry):
         raise UserError(f"the fast path needs relative positions, got {subject.geometry}")
     with _one_line_warnings():
@@ -120,8 +121,8 @@ def _subject(
     )
 
 
-def _switches(config: BenchConfig, device: torch.device) -> FastConfig:
-    fast = default_config(device)
+def _switches(config: BenchConfig, device: torch.device, width: int) -> FastConfig:
+    fast = default_config(device, width)
     added = [name for name in config.add.split(",") if name] + ["fp8"] * config.fp8
     fast.without(*added)  # complains about unknown names
     return replace(fast, **dict.fromkeys(added, True)).without(

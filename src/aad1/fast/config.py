@@ -58,10 +58,14 @@ OFF = FastConfig(
 )  # fmt: skip
 
 
-def default_config(device: torch.device) -> FastConfig:
-    """What pays on that kind of device: everything on CUDA, nothing compiled elsewhere."""
+SMALL = 1024
+"""Below this width a network is not compiled unasked: the wait would outlast most videos."""
+
+
+def default_config(device: torch.device, width: int) -> FastConfig:
+    """What pays on that kind of device, for a transformer of that width; exact parts only."""
     if device.type == "cuda":
-        return FastConfig()
+        return FastConfig(compile=width >= SMALL)
     return FastConfig(compile=False, compile_decoder=False, cudnn=False, early=False)
 
 

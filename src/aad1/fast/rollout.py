@@ -49,7 +49,7 @@ class FastRollout:
                 "the fast path needs positions that count from the visible frames "
                 f"(relative=True), got {geometry}"
             )
-        config = config or default_config(model.device)
+        config = config or default_config(model.device, model.config.width)
         self.config = usable(config, model.device, geometry, model.config.width)
         self.transformer = FastTransformer(model, self.config)
         self.model, self.geometry, self.sigmas = model, geometry, sigmas
@@ -279,7 +279,8 @@ class _Prompts:
             if known is rows and keep:
                 self._kept.append(self._kept.pop(i))
                 return memory
-        made = self._transformer.text(rows)
+        with torch.inference_mode(False):  # overwritten later, in whatever mode
+            made = self._transformer.text(rows.clone())
         if len(self._kept) == 2:
             _, memory = self._kept.pop(0)
             if memory[0][0].shape == made[0][0].shape:

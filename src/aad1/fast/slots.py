@@ -91,13 +91,14 @@ class Slots:
         heads, hd = config.num_attention_heads, config.attention_head_dim
         tokens = grid[0] * grid[1]
         shape = (config.num_layers, batch, geometry.window, tokens, heads, hd)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        """[layers, B, slots, L, N, head_dim], rotated."""
-        self.v = torch.zeros_like(self.k)
         self._time = 2 * self.positions.time_pairs
         sink_shape = (config.num_layers, batch, geometry.sink, tokens, heads, self._time)
-        self.sink_raw = torch.zeros(sink_shape, device=device, dtype=dtype)
-        """Time channels of the sink's K before rotation; used where positions count on."""
+        with torch.inference_mode(False):  # written in place later, in whatever mode
+            self.k = torch.zeros(shape, device=device, dtype=dtype)
+            """[layers, B, slots, L, N, head_dim], rotated."""
+            self.v = torch.zeros_like(self.k)
+            self.sink_raw = torch.zeros(sink_shape, device=device, dtype=dtype)
+            """Time channels of the sink's K before rotation; used where positions count on."""
         self.reset()
 
     def reset(self) -> None:

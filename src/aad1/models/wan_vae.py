@@ -65,8 +65,9 @@ class Memory:
 
     def start(self, x: Tensor, see: bool) -> None:
         """A new memory that ends in frame x [B, C, 1, h, w], or in nothing unless `see`."""
-        past = torch.zeros_like(x).repeat(1, 1, PAST, 1, 1)
-        past = past.contiguous(memory_format=torch.channels_last_3d)
+        b, c, _, h, w = x.shape
+        with torch.inference_mode(False):  # overwritten later, in whatever mode
+            past = x.new_zeros(b, PAST, h, w, c).permute(0, 4, 1, 2, 3)  # channels last
         if see:
             past[:, :, -1:] = x
         self.tensors.append(past)

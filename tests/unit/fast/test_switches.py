@@ -125,7 +125,8 @@ def test_what_cannot_work_is_named_in_one_warning_and_left_out() -> None:
     assert got.precompute
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert usable(default_config(CPU), CPU, ChunkGeometry(), 1536) == default_config(CPU)
+        plain = default_config(CPU, 1536)
+        assert usable(plain, CPU, ChunkGeometry(), 1536) == plain
     with pytest.raises(UserError, match="no part 'speed' of the fast path; known: precompute"):
         FastConfig().without("speed")
 
