@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from aad1 import __version__, cli_data, cli_vbench
+from aad1.bench.config import BenchConfig
 from aad1.errors import UserError
 from aad1.evaluation.command import Evaluate, evaluate
 from aad1.generate import Generate, generate, pair_loras
@@ -132,6 +133,7 @@ Command = (
         tyro.conf.subcommand("vbench", description="VBench-I2V, beside the paper's table."),
     ]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )
 
 
@@ -220,7 +222,13 @@ def convert(args: Convert) -> None:
     print(f"{args.dst}: {', '.join(parts)} ({args.to})")
 
 
-RUN: dict[type, Callable[[Any], None]] = {
+def bench(args: BenchConfig) -> None:
+    from aad1.bench.run import bench as run
+
+    run(args)
+
+
+RUN: dict[type, Callable[[Any], Any]] = {
     Generate: generate,
     Serve: serve,
     Data: data,
@@ -228,6 +236,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     Export: export,
     Convert: convert,
     Evaluate: evaluate,
+    BenchConfig: bench,
 }
 
 

@@ -76,6 +76,12 @@ class Generate:
     offload: bool = False
     """Keep the transformer in host memory and bring it to the CUDA device block by block: for 14B
     on cards of 24 GB. Slower than a card that holds it all."""
+    plain: bool = False
+    """Without the fast path, which is on by default on cuda."""
+    fp8: bool = False
+    """The blocks' matrices in float8: faster on GPUs that can, and not quite the same video."""
+    without: str = ""
+    """Parts of the fast path to leave out, such as compile,cudnn; see `aad1 bench --help`."""
     scale: int = 0
     """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
 
@@ -113,14 +119,29 @@ def generate(args: Generate) -> None:
     pipe = Pipeline.from_pretrained(
         folder, device=device, dtype=dtype, base=args.base, recipe=args.recipe,
         steps=None if teacher else args.steps, text_cache=args.text_cache, weights=args.weights,
-        loras=pair_loras(args.lora, args.lora_scale), offload=args.offload,
+        loras=pair_loras(args.lora, args.lora_scale), offload=args.offload, fast=False,
     )  # fmt: skip
+    _speed_up(pipe, args)
     if pipe.info.stage == "teacher" and args.image is None:
         return _sample(pipe, args, size)
     given = [name for name in TEACHER_FLAGS if getattr(args, name) is not None]
     if given and pipe.info.stage != "teacher":
         raise UserError(f"--{given[0].replace('_', '-')} is for teachers; this model is distilled")
     _stream(pipe, args, size)
+
+
+def _speed_up(pipe: Pipeline, args: Generate) -> None:
+    from aad1.fast.config import default_config
+
+    if args.plain and (args.fp8 or args.without):
+        raise UserError("--plain leaves the fast path out; --fp8 and --without are parts of it")
+    if args.offload and (args.fp8 or args.without):
+        raise UserError("--offload leaves the fast path out; --fp8 and --without are parts of it")
+    config = default_config(pipe.device, pipe.transformer.config.width)
+    config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
+    wanted = pipe.device.type == "cuda" or args.fp8 or args.without
+    if wanted and not args.plain and not args.offload:
+        pipe.speed_up(config)
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

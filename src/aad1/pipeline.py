@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +23,17 @@ from pathlib import Path
 import torch
 
 from aad1.errors import UserError
+from aad1.fast.config import FastConfig, default_config
+from aad1.fast.rollout import FastRollout, admits
 from aad1.media import ImageLike, read_image
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
-from aad1.models.codec import Codec, latent_frames, load_codec
+from aad1.models.codec import Codec, DecoderStream, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.offload import offload_blocks
 from aad1.models.text import TextEncoder, WordEncoder
 from aad1.models.umt5 import CLASS_NAMES, Umt5Encoder, WeightsChoice
+from aad1.models.wan_codec import WanCodec
+from aad1.models.wan_vae import FastWanVae
 from aad1.models.weights import read_json
 from aad1.rollout.stream import Rollout, seeded_noise
 from aad1.rollout.teacher import Sampling, sample
@@ -119,6 +124,9 @@ class Pipeline:
                 raise UserError(f"{what} must be the transformer's {wanted}, got {own}")
         self.transformer, self.codec, self.text, self.info = transformer, codec, text, info
         self.offloaded = False
+        self._fast: FastConfig | None = None
+        self._fast_rollouts: dict[tuple[object, ...], FastRollout | None] = {}
+        self._fast_vae: FastWanVae | None = None
 
     # -- folders --------------------------------------------------------------------------
 
@@ -136,6 +144,7 @@ class Pipeline:
         loras: Sequence[tuple[str | Path, float]] = (),
         weights: str = "",
         offload: bool = False,
+        fast: FastConfig | bool | None = None,
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
@@ -147,9 +156,36 @@ class Pipeline:
         weights: which state dict of a .pt that holds several; the moving average by default.
         offload: keep the transformer's blocks in host memory, two at a time on the CUDA device,
             and the prompt encoder there only while it encodes; for models larger than the card.
+        fast: stream on the fast path (see `speed_up`), or not; by default on CUDA.
 
         Raises UserError that names the file or key that is wrong.
         """
+        if offload and fast:
+            raise UserError(
+                "offload moves the blocks that the fast path keeps in place: choose one"
+            )
+        pipe = cls._load(
+            name, device, dtype, base, recipe, steps, text_cache, loras, weights, offload
+        )
+        on = pipe.device.type == "cuda" and not offload if fast is None else fast
+        if on:
+            pipe.speed_up(on if isinstance(on, FastConfig) else None)
+        return pipe
+
+    @classmethod
+    def _load(
+        cls,
+        name: str | Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        base: str | Path | None,
+        recipe: str | None,
+        steps: int | None,
+        text_cache: str | Path | None,
+        loras: Sequence[tuple[str | Path, float]],
+        weights: str,
+        offload: bool,
+    ) -> Pipeline:
         folder, device = find_model(name), torch.device(device)
         base = None if base is None else find_model(base)
         cache = None if text_cache is None else Path(text_cache)
@@ -267,6 +303,44 @@ class Pipeline:
                 "distil it first (stages I to III)"
             )
         return Rollout(self.transformer, self.info.geometry, self.info.sigmas)
+
+    def speed_up(self, config: FastConfig | None = None) -> None:
+        """Stream on the fast path (`aad1.fast`) from now on: the same video, sooner.
+
+        config: None takes what pays on this device. The weights must not change any more. What
+        cannot work here is left out with one warning.
+        """
+        width = self.transformer.config.width
+        self._fast = config or default_config(self.device, width)
+        self._fast_rollouts.clear()
+        self._fast_vae = None
+
+    def fast_rollout(self, rollout: Rollout) -> FastRollout | None:
+        """`rollout` on the fast path, made once; None without `speed_up`, or with a geometry that
+        the fast path does not know (a warning says so)."""
+        if self._fast is None:
+            return None
+        key = (rollout.geometry, rollout.sigmas)
+        if key not in self._fast_rollouts:
+            made = None
+            if admits(rollout.geometry):
+                made = FastRollout(self.transformer, *key, self._fast)
+            else:
+                warnings.warn(
+                    "the fast path is off: it needs positions that count from the visible frames",
+                    stacklevel=2,
+                )
+            self._fast_rollouts[key] = made
+        return self._fast_rollouts[key]
+
+    def decoder_stream(self) -> DecoderStream:
+        """A decoder at the start of a video: this package's own of Wan's VAE on the fast path."""
+        if self._fast is None or not self._fast.decoder or not isinstance(self.codec, WanCodec):
+            return self.codec.stream()
+        if self._fast_vae is None:
+            compiled = self._fast.compile_decoder
+            self._fast_vae = FastWanVae.of(self.codec, compiled=compiled)
+        return self._fast_vae.stream()
 
     def stream(
         self,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from aad1.errors import UserError
+from aad1.fast.handover import Handover
+from aad1.fast.rollout import FastRollout
 from aad1.models.codec import DecoderStream
 from aad1.rollout.stream import Noise, seeded_noise
 
@@ -91,6 +93,42 @@ class Stream:
         return self.rollout.stream(self.image, lambda i: self._rows, self.noise(), self.chunks)
 
     def _run(self) -> Iterator[torch.Tensor]:
+        fast = self.pipeline.fast_rollout(self.rollout)
+        return self._run_plain() if fast is None else self._run_fast(fast)
+
+    @torch.no_grad()
+    def _run_fast(self, fast: FastRollout) -> Iterator[torch.Tensor]:
+        """The device has its next work, the cache pass, before the host waits for the frames."""
+        pipe = self.pipeline
+        decoder = pipe.decoder_stream()
+        _, height, width = self._shape
+        session = fast.session(1, height, width)
+        noise = seeded_noise([self.seed], fast.geometry, self._shape, pipe.device)
+        sent = Handover(pipe.device)
+        before = []
+        try:
+            if self.image is not None:
+                session.prefill(self.image, self._rows)
+                before = [self.image]
+            made = 0
+            while self.chunks is None or made < self.chunks:
+                rows = self._rows
+                x0 = session.generate(rows, noise)
+                made += 1
+                sent.begin()
+                sent.send(decoder.decode(torch.cat([*before, x0], 2))[0])
+                before = []
+                if fast.config.early and (self.chunks is None or made < self.chunks):
+                    session.commit(x0, rows)
+                frames = sent.wait()
+                self.decode_seconds = sent.decode_seconds
+                yield frames
+                if not fast.config.early and (self.chunks is None or made < self.chunks):
+                    session.commit(x0, rows)
+        finally:
+            fast.release(session)
+
+    def _run_plain(self) -> Iterator[torch.Tensor]:
         decoder: DecoderStream = self.pipeline.codec.stream()
         before = [] if self.image is None else [self.image]
         for x0 in self.latents():

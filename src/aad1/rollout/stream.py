@@ -150,7 +150,10 @@ def seeded_noise(
             key = hashlib.blake2b(f"{seed}/{chunk}/{step}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
             parts.append(torch.randn(size, generator=generator))
-        return torch.stack(parts).to(device, dtype)
+        drawn = torch.stack(parts)
+        if device.type == "cuda":  # from pinned memory the host need not wait for the device
+            return drawn.pin_memory().to(device, dtype, non_blocking=True)
+        return drawn.to(device, dtype)
 
     return draw
 

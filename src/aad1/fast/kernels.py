@@ -1,0 +1,114 @@
+"""Triton kernels of the formulas in aad1.fast.ops: one program per token, one pass over memory.
+
+Each reads a row of D channels once, computes in float32 and writes once. Imported only where the
+switch `triton` is on. TRITON_INTERPRET=1 runs them on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _modulate(x, scale, shift, out, tokens, frames, width, eps, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    inside = at < width
+    frame = (row // tokens) % frames
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - mean, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    a = tl.load(scale + frame * width + at, mask=inside, other=0.0)
+    b = tl.load(shift + frame * width + at, mask=inside, other=0.0)
+    result = normed * (1.0 + a) + b
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_add(x, branch, gate, out, tokens, frames, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, block)
+    inside = at < width
+    frame = (row // tokens) % frames
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    change = tl.load(branch + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + frame * width + at, mask=inside, other=0.0)
+    tl.store(out + row * width + at, (value + change * g).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rope(  # type: ignore[no-untyped-def]
+    x, weight, cos, sin, out, rows, width, pairs, x_row, out_batch, eps, block: tl.constexpr
+):
+    """rows: of one sample (F L); pairs: channel pairs per head; x_row, out_batch: strides."""
+    row = tl.program_id(0).to(tl.int64)
+    inner = row % rows
+    at = tl.arange(0, block)  # channel pairs of all heads
+    inside = at < width // 2
+    even = tl.load(x + row * x_row + 2 * at, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.load(x + row * x_row + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.rsqrt((tl.sum(even * even, 0) + tl.sum(odd * odd, 0)) / width + eps)
+    even *= norm * tl.load(weight + 2 * at, mask=inside, other=0.0).to(tl.float32)
+    odd *= norm * tl.load(weight + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + inner * pairs + at % pairs, mask=inside, other=0.0)
+    s = tl.load(sin + inner * pairs + at % pairs, mask=inside, other=0.0)
+    to = out + (row // rows) * out_batch + inner * width + 2 * at
+    tl.store(to, (even * c - odd * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + 1, (even * s + odd * c).to(out.dtype.element_ty), mask=inside)
+
+
+def _block(width: int) -> dict[str, Any]:
+    block = triton.next_power_of_2(width)
+    return dict(block=block, num_warps=4 if block <= 2048 else 8)
+
+
+def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+    """As aad1.fast.ops.modulate; x [B, F, L, D]."""
+    x, scale, shift = x.contiguous(), scale.contiguous(), shift.contiguous()
+    out = torch.empty_like(x)
+    tokens, width = x.shape[2:]
+    _modulate[(x.numel() // width,)](
+        x, scale, shift, out, tokens, scale.shape[1], width, eps, **_block(width)
+    )
+    return out
+
+
+def gated_add(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """As aad1.fast.ops.gated_add; x [B, F, L, D]."""
+    x, branch, gate = x.contiguous(), branch.contiguous(), gate.contiguous()
+    out = torch.empty_like(x)
+    tokens, width = x.shape[2:]
+    _gated_add[(x.numel() // width,)](
+        x, branch, gate, out, tokens, gate.shape[1], width, **_block(width)
+    )
+    return out
+
+
+def norm_rope(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    heads: int,
+    table: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """As aad1.fast.ops.norm_rope for one table; x [B, F, L, D] may be a slice of a wider row.
+
+    out: [B, F, L, N, D / N], contiguous but for the stride of B.
+    """
+    b, f, tokens, width = x.shape
+    if x.stride(3) != 1 or x.stride(1) != tokens * x.stride(2) or x.stride(0) != f * x.stride(1):
+        x = x.contiguous()
+    if out is None:
+        out = torch.empty(b, f, tokens, heads, width // heads, dtype=x.dtype, device=x.device)
+    cos, sin = table[0].contiguous(), table[1].contiguous()
+    _norm_rope[(b * f * tokens,)](
+        x, weight, cos, sin, out, f * tokens, width, width // heads // 2, x.stride(2),
+        out.stride(0), eps, **_block(width // 2),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,152 @@
+"""The streaming Wan VAE against diffusers' own, on tiny random autoencoders."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from aad1.errors import UserError
+from aad1.models.wan_vae import FastWanVae, WanVaeConfig
+
+pytest.importorskip("diffusers")
+
+from aad1.models.wan_codec import WanCodec
+
+
+def build(**config: object) -> WanCodec:
+    torch.manual_seed(0)
+    codec = WanCodec.from_config(**(dict(base_dim=8, num_res_blocks=1) | config))
+    for name, p in codec.vae.named_parameters():  # norms of one would hide a forgotten gamma
+        if "gamma" in name:
+            torch.nn.init.normal_(p, 1.0, 0.3)
+    return codec
+
+
+@pytest.fixture(scope="module")
+def codec() -> WanCodec:
+    return build()
+
+
+def latents(frames: int = 5) -> Tensor:
+    return torch.randn(2, 16, frames, 3, 4, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def pixels(vae: FastWanVae, z: Tensor, per_pass: int = 1) -> Tensor:
+    first, memory = vae.first(z[:, :, :1])
+    later = [vae.later(part, memory) for part in z[:, :, 1:].split(per_pass, 2)]
+    return torch.cat([first, *later], 2)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 4])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(num_res_blocks=2, decoder_base_dim=12),
+        dict(dim_mult=[1, 2, 2, 4], temperal_downsample=[True, False, True]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stacked", [False, True])
+@torch.no_grad()
+def test_decode_equals_diffusers(config: dict[str, object], per_pass: int, stacked: bool) -> None:
+    codec = build(**config)
+    z = latents()
+    want = codec.vae.decode(codec._raw(z)).sample
+    vae = FastWanVae.of(codec).prepare(stack_taps=stacked)
+    got = pixels(vae, z, per_pass).clamp(-1, 1)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_streams_equal_the_codecs_and_do_not_mix(codec: WanCodec) -> None:
+    vae = FastWanVae.of(codec)
+    z = latents(6)
+    one, two, plain = vae.stream(), vae.stream(), codec.stream()
+    for size in (1, 2, 3):
+        part, z = z[:, :, :size], z[:, :, size:]
+        got = one.decode(part)
+        two.decode(-part)
+        want = plain.decode(part)
+        assert got.dtype == torch.uint8 and got.shape == want.shape
+        assert (got.int() - want.int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_a_fork_goes_on_by_itself(codec: WanCodec) -> None:
+    stream, z = FastWanVae.of(codec).stream(), latents(6)
+    stream.decode(z[:, :, :2])
+    twin = stream.fork()
+    stream.decode(-z[:, :, 2:4])  # must leave no trace in the twin
+    plain = codec.stream()
+    plain.decode(z[:, :, :2])
+    want = plain.decode(z[:, :, 2:4])
+    assert (twin.decode(z[:, :, 2:4]).int() - want.int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_an_image_is_encoded_as_diffusers_does(codec: WanCodec) -> None:
+    image = torch.randint(0, 256, (2, 1, 24, 32, 3), dtype=torch.uint8)
+    vae = FastWanVae.of(codec)
+    torch.testing.assert_close(vae.encode_image(image), codec.encode(image), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="single images"):
+        vae.encode_image(image.repeat(1, 5, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_memory_is_fixed_and_one_compiled_form_serves_all_frames(
+    codec: WanCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    vae = FastWanVae.of(codec, compiled=True)
+    z = latents()
+    first, memory = vae.first(z[:, :, :1])
+    places = [t.data_ptr() for t in memory.tensors]
+    later = [vae.later(part, memory) for part in z[:, :, 1:].split(1, 2)]
+    assert counter.frame_count == 1
+    assert places == [t.data_ptr() for t in memory.tensors]
+    got = torch.cat([first, *later], 2)
+    torch.testing.assert_close(got, pixels(FastWanVae.of(codec), z), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bug", ["memory", "first", "gamma"])
+def test_planted_bugs_are_seen(codec: WanCodec, bug: str) -> None:
+    vae, z = FastWanVae.of(codec), latents()
+    first, memory = vae.first(z[:, :, :1])
+    if bug == "memory":
+        memory.tensors[3].zero_()
+    elif bug == "first":  # time_conv must not have seen the first frame
+        times = [i for i, t in enumerate(memory.tensors) if not t.any()]
+        assert len(times) == 2
+        memory.tensors[times[0]].fill_(0.5)
+    else:
+        vae.decoder.norm_out.gamma = torch.nn.Parameter(vae.decoder.norm_out.gamma * 1.01)
+    got = torch.cat([first, vae.later(z[:, :, 1:], memory)], 2)
+    want = codec.vae.decode(codec._raw(z)).sample
+    assert float((got.clamp(-1, 1) - want).abs().max()) > 1e-4
+
+
+def test_wan_22_is_refused_by_name() -> None:
+    class Config:
+        base_dim, z_dim, dim_mult, num_res_blocks = 8, 48, (1, 2), 1
+        temperal_downsample = (True,)
+        is_residual = True
+
+    with pytest.raises(UserError, match="is_residual=True has no fast decoder"):
+        WanVaeConfig.of(Config())
+
+
+def test_defaults_have_wans_size() -> None:
+    with torch.device("meta"):
+        vae = FastWanVae()
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531

@@ -1,0 +1,130 @@
+"""`aad1 bench` on the tiny model: what it measures, says, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aad1.bench.__main__ import main, parse
+from aad1.bench.config import BenchConfig
+from aad1.bench.measure import PlainVideo, _statistics
+from aad1.bench.run import bench
+from aad1.cli import main as cli
+from aad1.errors import UserError
+
+SMALL = dict(model="tiny", size="32x32", chunks=2, device="cpu")
+
+
+def test_figures_add_up_and_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    config = BenchConfig(**SMALL, baseline=True, merged=True, json=path)  # type: ignore[arg-type]
+    out = bench(config)
+    assert json.loads(path.read_text())["results"] == out["results"]
+    assert list(out["results"]) == ["baseline", "fast", "merged"]
+    assert out["results"]["baseline"]["difference"] == 0
+    for name in ("fast", "merged"):
+        assert 0 < out["results"][name]["difference"] < 1e-5
+    fast = out["results"]["fast"]
+    stages = fast["stages"]
+    assert set(stages) == {
+        "image encode", "prefill", "generate pass", "cache pass", "decode", "hand-over", "chunk"
+    }  # fmt: skip
+    parts = ("generate pass", "cache pass", "decode", "hand-over")
+    assert sum(stages[p]["median"] for p in parts) == pytest.approx(
+        stages["chunk"]["median"], rel=0.5
+    )
+    assert all(0 <= s["median"] <= s["p90"] for s in stages.values())
+    assert fast["dit_fps"] == pytest.approx(16_000 / fast["dit_ms"])
+    assert fast["fps"] == pytest.approx(16_000 / stages["chunk"]["median"])
+    assert fast["fps"] < fast["dit_fps"]
+    text = capsys.readouterr().out
+    for word in ("text encoder left out", "first pixels", "peak memory", "baseline", "window 9"):
+        assert word in text
+
+
+def test_each_part_is_turned_off_by_itself() -> None:
+    config = BenchConfig(**SMALL, ablate=True, no_decode=True, add="fp8")  # type: ignore[arg-type]
+    out = bench(config)
+    assert list(out["results"]) == ["fast", "without precompute", "without fp8"]
+    assert out["results"]["without precompute"]["difference"] < 1e-6
+    assert out["results"]["without fp8"]["difference"] > 1e-3  # what float8 costs is visible
+    assert "decode" not in out["results"]["fast"]["stages"]
+
+
+def test_a_slower_stage_is_seen_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted delay must show in its stage and in the whole, and nowhere else."""
+    import time
+
+    commit = PlainVideo.commit
+
+    def slow(self: PlainVideo, x0: torch.Tensor, text: torch.Tensor) -> None:
+        time.sleep(0.3)
+        commit(self, x0, text)
+
+    monkeypatch.setattr(PlainVideo, "commit", slow)
+    out = bench(BenchConfig(**SMALL, baseline=True, no_decode=True))  # type: ignore[arg-type]
+    stages = out["results"]["baseline"]["stages"]
+    assert stages["cache pass"]["median"] > 300 > stages["generate pass"]["median"]
+    assert stages["chunk"]["median"] > 300
+    assert out["results"]["fast"]["stages"]["cache pass"]["median"] < 300
+
+
+def test_statistics_are_nearest_ranks() -> None:
+    assert _statistics([float(i) for i in range(11)]) == {"median": 5.0, "p90": 9.0}
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (dict(size="100x48"), "width 100 must be a multiple of 16"),
+        (dict(size="wide"), "size must be WIDTHxHEIGHT such as 832x480, got 'wide'"),
+        (dict(chunks=0), "chunks must be at least 1, got 0"),
+        (dict(device="tpu"), "device must be auto, cpu or cuda, got 'tpu'"),
+        (dict(dtype="int8"), "got 'int8'"),
+        (dict(without="speed"), "no part 'speed' of the fast path; known: precompute, compile"),
+        (dict(add="magic"), "no part 'magic'"),
+        (dict(window=3), "window must be at least sink . chunk = 5 frames, got 3"),
+        (dict(steps=3), "steps must be one of 1, 2, 4, got 3"),
+        (dict(model="1.3bb"), "no model '1.3bb'"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_line(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench(BenchConfig(**(SMALL | given)))  # type: ignore[arg-type]
+
+
+def test_both_entries_take_the_same_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--size", "32x32", "--chunks", "2", "--no-decode", "--without", "precompute"]
+    assert parse(["1.3b", *flags]) == BenchConfig(
+        model="1.3b", size="32x32", chunks=2, no_decode=True, without="precompute"
+    )
+    assert cli(["bench", "--model", "tiny", "--device", "cpu", *flags]) == 0
+    assert "generate pass" in capsys.readouterr().out
+    assert main(["tiny", "--chunks", "0"]) == 2
+    assert capsys.readouterr().err == "aad1: chunks must be at least 1, got 0\n"
+
+
+def test_it_runs_without_the_libraries_of_the_command_line() -> None:
+    """A rented GPU machine may have PyTorch and little else."""
+    code = """
+import sys
+for name in ("diffusers", "transformers", "av", "tyro", "rich", "huggingface_hub", "yaml"):
+    sys.modules[name] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda n, *a: None if sys.modules.get(n, 0) is None else find(n, *a)
+from aad1.bench.__main__ import main
+sys.exit(main(["tiny", "--size", "32x32", "--chunks", "1", "--baseline", "--device", "cpu"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "diffusers is not installed: the plain decode is this package's" in done.stdout
+    assert "end to end, frames/s" in done.stdout

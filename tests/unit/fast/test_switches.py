@@ -1,0 +1,213 @@
+"""Compiling, kernels, float8 and what happens to switches that a machine cannot honour."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from aad1.core.chunks import ChunkGeometry
+from aad1.errors import UserError
+from aad1.fast import config as config_module
+from aad1.fast import ops
+from aad1.fast.config import OFF, FastConfig, default_config, usable
+from aad1.fast.rollout import FastRollout
+from aad1.models.dit import WanConfig, WanTransformer
+from aad1.rollout.stream import Rollout, seeded_noise
+
+CPU = torch.device("cpu")
+SMALL = WanConfig(
+    num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=3, text_dim=8,
+    freq_dim=32, in_channels=4, out_channels=4,
+)  # fmt: skip
+
+
+def build(device: str = "cpu", dtype: torch.dtype = torch.float32) -> WanTransformer:
+    torch.manual_seed(0)
+    net = WanTransformer(SMALL).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.cast(dtype).to(device)
+
+
+@torch.no_grad()
+def both(
+    geometry: ChunkGeometry,
+    config: FastConfig,
+    chunks: int = 6,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    how: str = "stream",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same clip from the plain and from the fast rollout."""
+    model = build(device, dtype)
+    torch.manual_seed(1)
+    image, text = torch.randn(1, 4, 1, 4, 6).to(device), torch.randn(1, 3, 8).to(device)
+    noise = seeded_noise([0], geometry, (4, 4, 6), torch.device(device))
+    plain = list(Rollout(model, geometry).stream(image, lambda i: text, noise, chunks))
+    fast = FastRollout(model, geometry, config=config)
+    got = list(getattr(fast, how)(image, lambda i: text, noise, chunks))
+    return torch.cat(got, 2), torch.cat(plain, 2)
+
+
+@pytest.mark.parametrize("how", ["stream", "merged"])
+@pytest.mark.parametrize("window", [9, 17])
+def test_compiled_without_graph_breaks_and_not_again_as_the_cache_fills(
+    window: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    counts = []
+    for chunks in (3, 12):  # the third chunk is the first of the steady kind at window 9
+        got, want = both(ChunkGeometry(window=window), FastConfig(cudnn=False), chunks, how=how)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] == counts[1]
+    torch._dynamo.reset()
+
+
+def test_row_wise_float8_is_close_and_its_scales_are_right() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 48) * torch.logspace(-3, 3, 64)[:, None]  # rows of very different sizes
+    w, b = torch.randn(32, 48), torch.randn(32)
+    w8, scale = ops.quantise_rows(w)
+    assert w8.dtype == torch.float8_e4m3fn and scale.shape == (32, 1)
+    torch.testing.assert_close((w8.float() * scale).abs().amax(1), w.abs().amax(1))
+    layer = ops.Linear(w8, b, scale)
+    exact = x @ w.T + b
+    got = ops.linear(x, layer)
+    # e4m3 has three bits of mantissa: 3.6% rms per factor at most, less over a sum.
+    error = (got - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 1e-3 < float(error.max()) < 0.06
+    torch.testing.assert_close(ops.linear(x, layer.rows(8)), got[:, 8:])
+    product = (ops.quantise_rows(x)[0].double() * ops.quantise_rows(x)[1].double()) @ (
+        w8.double() * scale.double()
+    ).T + b.double()
+    torch.testing.assert_close(got.double(), product, atol=2e-3, rtol=1e-5)
+
+
+def test_a_rollout_in_float8_stays_near_the_exact_one() -> None:
+    config = FastConfig(compile=False, cudnn=False, fp8=True)
+    got, want = both(ChunkGeometry(), config)
+    error = float((got - want).norm() / want.norm())
+    assert 1e-4 < error < 0.15
+
+
+def test_the_models_own_weights_stay_what_they_were(tmp_path: Path) -> None:
+    """q, k and v become views of one matrix: the model still runs and is saved as before."""
+    model, before = build(), build().state_dict()
+    FastRollout(model, ChunkGeometry(), config=OFF)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = WanTransformer.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in again.items())
+
+
+def test_what_cannot_work_is_named_in_one_warning_and_left_out() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asked = FastConfig(compile=False, triton=True, graph=True, fp8=True)
+        got = usable(asked, CPU, ChunkGeometry(), width=1536 + 8)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    for name in ("cudnn", "graph", "triton", "fp8"):
+        assert name in message and not getattr(got, name)
+    assert "1544 is not a multiple of 16" in message
+    assert got.precompute
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = default_config(CPU, 1536)
+        assert usable(plain, CPU, ChunkGeometry(), 1536) == plain
+    with pytest.raises(UserError, match="no part 'speed' of the fast path; known: precompute"):
+        FastConfig().without("speed")
+
+
+def test_an_older_gpu_without_float8_is_seen_before_the_first_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("torch._scaled_mm is only supported on newer devices\nmore")
+
+    monkeypatch.setattr(ops, "fp8_product", refuse)
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: torch.full((32, 64), 1.0))
+    reason = config_module.fp8_fails(torch.device("cuda"), 1536)
+    assert "no row-wise float8 product: torch._scaled_mm is only supported" in reason
+    assert "more" not in reason
+
+
+KERNELS = """
+import torch
+from aad1.fast import ops
+torch.manual_seed(0)
+x = torch.randn(2, 3, 5, 96)
+scale, shift = torch.randn(2, 1, 3, 1, 96)
+for s in (scale, scale[:, :1].contiguous()):
+    a, b = (ops.modulate(x, s, shift if s is scale else shift[:, :1], 1e-6, k) for k in (1, 0))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    a, b = (ops.gated_add(x, x.flip(0), s, k) for k in (1, 0))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+wide = torch.randn(2, 3, 5, 288)
+part = wide.chunk(3, -1)[1]
+angles = torch.randn(3, 5, 1, 24)
+table = (angles.cos(), angles.sin())
+weight = torch.randn(96)
+cache = torch.zeros(2, 7, 5, 2, 48)
+outs = (cache[:, 2:5], None)
+got = ops.norm_rope(part, weight, 1e-6, 2, (table, table), outs, True)
+want = ops.norm_rope(part, weight, 1e-6, 2, (table, table), (None, None), False)
+for value in (cache[:, 2:5], got[1]):
+    torch.testing.assert_close(value, want[0], atol=1e-5, rtol=1e-5)
+assert cache[:, :2].abs().max() == 0 == cache[:, 5:].abs().max()
+print("kernels agree")
+"""
+
+
+def test_triton_kernels_agree_with_the_formulas_when_interpreted() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "kernels agree", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["stream", "merged"])
+@pytest.mark.parametrize("window", [9, 17])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FastConfig(compile=False),
+        FastConfig(),
+        FastConfig(compile=False, triton=True),
+        FastConfig(triton=True),
+        FastConfig(compile=False, graph=True),
+        FastConfig(graph=True),
+    ],
+    ids=str,
+)
+def test_cuda_equals_the_plain_rollout(config: FastConfig, window: int, how: str) -> None:
+    geometry = ChunkGeometry(window=window)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # graphs with longer windows
+        got, want = both(geometry, config, 9, "cuda", how=how)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)  # TF32 may be on
+
+
+@pytest.mark.gpu
+def test_cuda_bfloat16_is_as_near_to_float32_as_the_plain_path() -> None:
+    exact = both(ChunkGeometry(), OFF)[1]
+    got, plain = (
+        x.cpu() for x in both(ChunkGeometry(), FastConfig(), device="cuda", dtype=torch.bfloat16)
+    )
+    error, usual = ((x - exact).norm() / exact.norm() for x in (got, plain))
+    assert error < 1.1 * usual
