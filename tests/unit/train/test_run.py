@@ -186,7 +186,7 @@ def scripted_motion(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     hashes: list[str] = []
 
     def rollouts(self: Validation, pipeline: Pipeline) -> torch.Tensor:
-        hashes.append(pipeline.info.sha256)
+        hashes.append(weights_hash(pipeline.transformer))
         return self.batch.latents
 
     monkeypatch.setattr(Validation, "rollouts", rollouts)
