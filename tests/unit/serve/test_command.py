@@ -119,4 +119,4 @@ def test_the_examples_run(
     monkeypatch.setattr(sys, "argv", [name, *flags, *(picture if name != "switch_prompts" else [])])
     example(name).main()
     count = len(read_video(out))
-    assert count == frames if frames is not None else count > 8
+    assert count == frames if frames is not None else count > 4

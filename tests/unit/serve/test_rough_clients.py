@@ -146,7 +146,7 @@ def test_messages_of_any_kind_get_a_typed_answer(url: str) -> None:
 
 
 def test_a_message_above_the_hard_limit_closes_that_connection_only(url: str) -> None:
-    ended = pytest.raises(UserError, match="the connection has ended: .*too big")
+    ended = pytest.raises(UserError, match="the connection has ended")  # code 1009, or a reset
     with Witness(url), LiveClient(url) as client, ended:
         client.command({"type": "start", "prompt": "a"}, bytes(20 * 2**20))
 
