@@ -70,6 +70,11 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
             f"{real.width}x{real.height}"
         )
     chunks, long_chunks = chunks_for(pipe, real.frames), _long_chunks(pipe, plan)
+    if plan.long_clips and long_chunks < chunks:
+        raise UserError(
+            f"long videos must be no shorter than short ones: --long-seconds {plan.long_seconds:g} "
+            f"is {long_chunks} chunks, short videos have {chunks}"
+        )
     starts = world.starts[: plan.clips]
     long_starts = starts[: plan.long_clips]
     seeds = [plan.seed + i for i in range(len(starts))]

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,11 @@ def test_lengths_must_fit(pipe: Pipeline) -> None:
     assert chunks_for(pipe, 9) == 2
     with pytest.raises(UserError, match="have 12 frames, but this model makes 1 \\+ 4"):
         chunks_for(pipe, 12)
+
+
+def test_long_must_not_be_shorter(pipe: Pipeline, world: RealWorld) -> None:
+    with pytest.raises(UserError, match="--long-seconds 1 is 1 chunks, short videos have 2"):
+        evaluate_model(pipe, world, replace(PLAN, long_seconds=1), print)
 
 
 def test_another_size_is_refused(tiny_pipeline: Build, world: RealWorld) -> None:
