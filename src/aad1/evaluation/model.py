@@ -145,7 +145,7 @@ NOTES = (
     "Read M first: a static video wins or draws every figure beside which M stands. Intervals are "
     "95%, from 2,000 resamples of prompts (Wilson's for shares), within this one model; they say "
     "nothing about training again. Real against real is what other real videos get at the same "
-    "number of videos: a distance is never below it.",
+    "number of videos: a perfect model would get about that.",
     "Not computed here: consistency of subject and background and likeness to the first frame "
     "(they need a trained frame encoder), and the motion Fréchet distance (it needs a trained "
     "network on clips); the package carries neither.",
