@@ -337,7 +337,7 @@ def _steering(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: T
     figures: dict[str, Figure] = {}
 
     def across(videos: Sequence[Tensor]) -> Tensor:
-        stride = 2 * stride_for(len(videos[0]))  # a sign needs fewer pairs than M
+        stride = 1 + 2 * stride_for(len(videos[0]))  # a sign needs fewer pairs than M
         return torch.stack(
             [motion(v[None].to(pipe.device), stride=stride).direction[0, 0] for v in videos]
         )
@@ -374,7 +374,7 @@ def _diversity(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: 
     tell(f"{plan.samples} samples of each of {len(starts)} first frames")
     speeds, ends, flows = [], [], []
     for video in rollouts(pipe, again, seeds, chunks):
-        stride = 2 * stride_for(len(video))
+        stride = 1 + 2 * stride_for(len(video))
         flows.append(motion(video[None].to(pipe.device), stride=stride).magnitude[0])
         ends.append(grey(video[-1]))
         speeds.append(pan_speed(video) if world.state is not None else torch.zeros(()))
