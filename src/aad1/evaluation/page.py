@@ -23,7 +23,7 @@ from aad1.media import contact_sheet, write_video
 
 SHEET_VIDEOS = 8
 SHEET_COLUMNS = 8
-CLIPS = 8
+CLIPS = 12
 """Videos embedded as mp4; each is about 100 kB per 5 seconds at 128x96."""
 
 _STYLE = """
