@@ -132,8 +132,12 @@ def check_alike(videos: Measured, others: Measured) -> None:
 
 
 def stride_for(frames: int) -> int:
-    """The stride at which about `PAIRS_PER_VIDEO` pairs of a video are measured."""
-    return max(1, round((frames - 1) / PAIRS_PER_VIDEO))
+    """The stride at which about `PAIRS_PER_VIDEO` pairs of a video are measured, an odd number.
+
+    An even one would see every other pair only of a video whose frames come in pairs: repeated
+    frames would seem to move twice as much as they do, and swapped ones in the right order.
+    """
+    return (frames - 1) // PAIRS_PER_VIDEO // 2 * 2 + 1
 
 
 def measure(

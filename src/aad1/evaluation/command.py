@@ -73,7 +73,7 @@ def evaluate(args: Evaluate) -> None:
     if args.validate:
         from aad1.evaluation.validate import validate
 
-        print(validate(args.out, clips=args.clips or 64, seed=args.seed, device=device))
+        print(validate(args.out, clips=args.clips or 40, seed=args.seed, device=device))
         return
     if args.folders:
         from aad1.evaluation.folders import evaluate_folders

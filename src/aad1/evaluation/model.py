@@ -70,6 +70,11 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
             f"{real.width}x{real.height}"
         )
     chunks, long_chunks = chunks_for(pipe, real.frames), _long_chunks(pipe, plan)
+    if plan.long_clips and long_chunks < chunks:
+        raise UserError(
+            f"long videos must be no shorter than short ones: --long-seconds {plan.long_seconds:g} "
+            f"is {long_chunks} chunks, short videos have {chunks}"
+        )
     starts = world.starts[: plan.clips]
     long_starts = starts[: plan.long_clips]
     seeds = [plan.seed + i for i in range(len(starts))]
@@ -140,7 +145,7 @@ NOTES = (
     "Read M first: a static video wins or draws every figure beside which M stands. Intervals are "
     "95%, from 2,000 resamples of prompts (Wilson's for shares), within this one model; they say "
     "nothing about training again. Real against real is what other real videos get at the same "
-    "number of videos: a distance is never below it.",
+    "number of videos: a perfect model would get about that.",
     "Not computed here: consistency of subject and background and likeness to the first frame "
     "(they need a trained frame encoder), and the motion Fréchet distance (it needs a trained "
     "network on clips); the package carries neither.",
@@ -332,7 +337,7 @@ def _steering(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: T
     figures: dict[str, Figure] = {}
 
     def across(videos: Sequence[Tensor]) -> Tensor:
-        stride = 2 * stride_for(len(videos[0]))  # a sign needs fewer pairs than M
+        stride = 1 + 2 * stride_for(len(videos[0]))  # a sign needs fewer pairs than M
         return torch.stack(
             [motion(v[None].to(pipe.device), stride=stride).direction[0, 0] for v in videos]
         )
@@ -369,7 +374,7 @@ def _diversity(pipe: Pipeline, world: RealWorld, plan: Plan, chunks: int, tell: 
     tell(f"{plan.samples} samples of each of {len(starts)} first frames")
     speeds, ends, flows = [], [], []
     for video in rollouts(pipe, again, seeds, chunks):
-        stride = 2 * stride_for(len(video))
+        stride = 1 + 2 * stride_for(len(video))
         flows.append(motion(video[None].to(pipe.device), stride=stride).magnitude[0])
         ends.append(grey(video[-1]))
         speeds.append(pan_speed(video) if world.state is not None else torch.zeros(()))

@@ -23,7 +23,7 @@ from aad1.media import contact_sheet, write_video
 
 SHEET_VIDEOS = 8
 SHEET_COLUMNS = 8
-CLIPS = 8
+CLIPS = 12
 """Videos embedded as mp4; each is about 100 kB per 5 seconds at 128x96."""
 
 _STYLE = """
@@ -32,7 +32,9 @@ h1{font-size:1.5em}h2{margin-top:2em;font-size:1.2em;border-bottom:1px solid #cc
 table{border-collapse:collapse;width:100%}
 td,th{padding:.25em .6em;text-align:left;vertical-align:top;border-bottom:1px solid #eee}
 td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
-.small,.blind{color:#666;font-size:.87em}.missing{color:#a50}
+.small,.blind{color:#666;font-size:.87em}
+.missing{color:#a50;white-space:normal;font-size:.87em}
+td:first-child{min-width:15em}
 img{max-width:100%}figure{margin:1em 0}
 .clips{display:flex;flex-wrap:wrap;gap:10px}.clips div{width:256px}
 video{width:256px;image-rendering:pixelated}

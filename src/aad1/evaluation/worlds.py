@@ -136,7 +136,8 @@ def recorded(
             None,
             short.reference,
         )
-    chosen = numbers[:clips]
+    # Neighbouring clips come from the same few maps, so the first frames are spread out.
+    chosen = [numbers[k * count // clips] for k in range(clips)]
     videos = [shards.tensors([n])[0] for n in chosen[:8]]
     starts = [
         Start(key=f"clip {n}", captions=shards.captions[n], image=shards.tensors([n])[0, 0])

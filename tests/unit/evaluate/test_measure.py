@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,19 @@ def test_smoothness_is_1_for_static_and_even_motion_and_low_for_jumps() -> None:
     assert uneven < blend < even
 
 
-@pytest.mark.parametrize(("frames", "stride"), [(5, 1), (21, 1), (81, 2), (321, 8)])
+@pytest.mark.parametrize(("frames", "stride"), [(5, 1), (21, 1), (81, 3), (161, 5), (321, 9)])
 def test_long_videos_are_measured_at_a_stride(frames: int, stride: int) -> None:
     assert stride_for(frames) == stride
+
+
+def test_a_stride_does_not_hide_frames_that_come_in_pairs() -> None:
+    """An even stride sees only the pairs that move of a video whose every frame comes twice."""
+    video = draw(replace(CONFIG, frames=81), 4, seed=1)[0].video
+    doubled = video[:, torch.arange(81) // 2]
+    true = float(motion(video[:, :41]).magnitude.mean()) / 2
+    seen = float(measure(doubled, fps=4, keys=list("abcd")).magnitude.mean())
+    assert seen == pytest.approx(true, rel=0.1)
+    assert float(motion(doubled, stride=2).magnitude.mean()) > 1.7 * true
 
 
 def test_nothing_to_measure_is_an_error() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,11 @@ def test_lengths_must_fit(pipe: Pipeline) -> None:
         chunks_for(pipe, 12)
 
 
+def test_long_must_not_be_shorter(pipe: Pipeline, world: RealWorld) -> None:
+    with pytest.raises(UserError, match="--long-seconds 1 is 1 chunks, short videos have 2"):
+        evaluate_model(pipe, world, replace(PLAN, long_seconds=1), print)
+
+
 def test_another_size_is_refused(tiny_pipeline: Build, world: RealWorld) -> None:
     with pytest.raises(UserError, match="makes 24x24 pixels, the real videos have 16x16"):
         evaluate_model(tiny_pipeline(size=24), world, PLAN, print)
@@ -145,7 +151,7 @@ def test_numbers(value: float, text: str) -> None:
 def test_recorded_clips_and_the_controls_of_a_codec(pipe: Pipeline, tmp_path: Path) -> None:
     shards = write_world("sprites", tmp_path / "clips", clips=40, size=16, frames=9)
     world = recorded(shards.folder, clips=4, skip=3, fps=4.0, long=None)
-    assert [s.key for s in world.starts] == ["clip 3", "clip 4", "clip 5", "clip 6"]
+    assert [s.key for s in world.starts] == ["clip 3", "clip 8", "clip 13", "clip 18"]
     assert torch.equal(world.starts[0].image, shards.tensors([3])[0, 0])
     assert world.short.other is not None
     assert set(world.short.reference.videos.keys).isdisjoint(world.short.other.keys)
