@@ -74,7 +74,7 @@ class Generate:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision; auto is bfloat16 for Wan's networks on cuda and float32 otherwise."""
     plain: bool = False
-    """Without the fast path, which is on by default on cuda."""
+    """Without the fast path, which is on by default on cuda and cpu."""
     fp8: bool = False
     """The blocks' matrices in float8: faster on GPUs that can, and not quite the same video."""
     without: str = ""
@@ -134,7 +134,7 @@ def _speed_up(pipe: Pipeline, args: Generate) -> None:
         raise UserError("--plain leaves the fast path out; --fp8 and --without are parts of it")
     config = default_config(pipe.device, pipe.transformer.config.width)
     config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
-    if not args.plain and (pipe.device.type == "cuda" or args.fp8 or args.without):
+    if not args.plain and pipe.device.type in ("cuda", "cpu"):
         pipe.speed_up(config)
 
 
