@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -247,6 +248,10 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (0, or 2 for a user's mistake)."""
+    # Threads that spin while they wait starve each other as soon as something else is running:
+    # two of them fell from 20 frames per second to less than 5 on a busy machine. OpenMP reads this
+    # when PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if args == ["--version"]:
         print(f"aad1 {__version__}")

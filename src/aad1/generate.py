@@ -77,7 +77,7 @@ class Generate:
     """Keep the transformer in host memory and bring it to the CUDA device block by block: for 14B
     on cards of 24 GB. Slower than a card that holds it all."""
     plain: bool = False
-    """Without the fast path, which is on by default on cuda."""
+    """Without the fast path, which is on by default on cuda and cpu."""
     fp8: bool = False
     """The blocks' matrices in float8: faster on GPUs that can, and not quite the same video."""
     without: str = ""
@@ -139,8 +139,7 @@ def _speed_up(pipe: Pipeline, args: Generate) -> None:
         raise UserError("--offload leaves the fast path out; --fp8 and --without are parts of it")
     config = default_config(pipe.device, pipe.transformer.config.width)
     config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
-    wanted = pipe.device.type == "cuda" or args.fp8 or args.without
-    if wanted and not args.plain and not args.offload:
+    if not (args.plain or args.offload) and pipe.device.type in ("cuda", "cpu"):
         pipe.speed_up(config)
 
 

@@ -13,6 +13,7 @@ Wan 2.1's own weights, and generators made from it by others, are read too (`aad
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import warnings
@@ -27,6 +28,7 @@ from aad1.fast.config import FastConfig, default_config
 from aad1.fast.rollout import FastRollout, admits
 from aad1.media import ImageLike, read_image
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
+from aad1.models.causal_codec import CausalCodec
 from aad1.models.codec import Codec, DecoderStream, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.offload import offload_blocks
@@ -127,6 +129,7 @@ class Pipeline:
         self._fast: FastConfig | None = None
         self._fast_rollouts: dict[tuple[object, ...], FastRollout | None] = {}
         self._fast_vae: FastWanVae | None = None
+        self._half_codec: CausalCodec | None = None
 
     # -- folders --------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class Pipeline:
         weights: which state dict of a .pt that holds several; the moving average by default.
         offload: keep the transformer's blocks in host memory, two at a time on the CUDA device,
             and the prompt encoder there only while it encodes; for models larger than the card.
-        fast: stream on the fast path (see `speed_up`), or not; by default on CUDA.
+        fast: stream on the fast path (see `speed_up`), or not; by default on CUDA and the CPU.
 
         Raises UserError that names the file or key that is wrong.
         """
@@ -167,7 +170,7 @@ class Pipeline:
         pipe = cls._load(
             name, device, dtype, base, recipe, steps, text_cache, loras, weights, offload
         )
-        on = pipe.device.type == "cuda" and not offload if fast is None else fast
+        on = (pipe.device.type in ("cuda", "cpu") and not offload) if fast is None else fast
         if on:
             pipe.speed_up(on if isinstance(on, FastConfig) else None)
         return pipe
@@ -313,7 +316,7 @@ class Pipeline:
         width = self.transformer.config.width
         self._fast = config or default_config(self.device, width)
         self._fast_rollouts.clear()
-        self._fast_vae = None
+        self._fast_vae = self._half_codec = None
 
     def fast_rollout(self, rollout: Rollout) -> FastRollout | None:
         """`rollout` on the fast path, made once; None without `speed_up`, or with a geometry that
@@ -334,7 +337,16 @@ class Pipeline:
         return self._fast_rollouts[key]
 
     def decoder_stream(self) -> DecoderStream:
-        """A decoder at the start of a video: this package's own of Wan's VAE on the fast path."""
+        """A decoder at the start of a video, as the fast path has it: this package's own of Wan's
+        VAE, or the light codec's in bfloat16."""
+        if (
+            self._fast is not None
+            and self._fast.half_decoder
+            and isinstance(self.codec, CausalCodec)
+        ):
+            if self._half_codec is None:
+                self._half_codec = copy.deepcopy(self.codec).to(torch.bfloat16)
+            return self._half_codec.stream()
         if self._fast is None or not self._fast.decoder or not isinstance(self.codec, WanCodec):
             return self.codec.stream()
         if self._fast_vae is None:

@@ -16,6 +16,7 @@ from PIL import Image
 import aad1
 from aad1 import cli
 from aad1 import pipeline as pipeline_module
+from aad1.fast.handover import Handover
 from aad1.media import read_video
 from aad1.models import text as text_module
 from aad1.models.weights import WEIGHTS
@@ -183,15 +184,15 @@ def test_a_failure_half_way_leaves_the_old_video(
 ) -> None:
     out = tmp_path / "out.mp4"
     out.write_bytes(b"old")
-    decode, calls = pipeline_module.Stream._decode, []
+    wait, calls = Handover.wait, []
 
     def failing(self: object, *args: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode(self, *args)  # type: ignore[arg-type]
+        return wait(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline_module.Stream, "_decode", failing)
+    monkeypatch.setattr(Handover, "wait", failing)
     assert run("generate", "--model", model, "--image", picture, "--out", out) == 130
     assert out.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["frame.png", "model", "out.mp4"]
@@ -316,3 +317,12 @@ def test_sprites_data_has_21_frames_unless_told(tmp_path: Path, capsys: Capture)
     assert "got 0" in refused(capsys, "data", "sprites", "--out", tmp_path / "b", "--clips", 0)
     assert "'mars'" in refused(capsys, "data", "mars", "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cli.main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    cli.main(["--version"])
+    assert os.environ["OMP_WAIT_POLICY"] == "active"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from aad1.bench.config import BenchConfig
-from aad1.bench.run import bench
 from aad1.errors import UserError
 
 
@@ -32,6 +32,9 @@ def parse(argv: Sequence[str]) -> BenchConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a user's mistake."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before PyTorch is loaded; see aad1.cli
+    from aad1.bench.run import bench
+
     try:
         bench(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:

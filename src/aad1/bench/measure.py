@@ -269,6 +269,8 @@ def decode_errors(
 
 
 def _decoder(subject: Subject, fast: FastConfig | None) -> Callable[[], DecoderStream]:
+    if fast is not None and fast.half_decoder and subject.half_decoder is not None:
+        return subject.half_decoder
     if fast is None or not fast.decoder or subject.fast_vae is None:
         return subject.plain_decoder
     vae = copy.deepcopy(subject.fast_vae)

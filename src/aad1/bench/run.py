@@ -49,10 +49,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.baseline:
         variants = {"baseline": None, **variants}
     if config.ablate:
-        on = [f.name for f in fields(FastConfig) if getattr(fast, f.name)]
+        idle = set()  # parts that this subject has no use for
         if config.no_decode or subject.fast_vae is None:
-            on = [name for name in on if name not in ("decoder", "compile_decoder")]
-        variants |= {f"without {name}": fast.without(name) for name in on}
+            idle |= {"decoder", "compile_decoder"}
+        if config.no_decode or subject.half_decoder is None:
+            idle.add("half_decoder")
+        names = [f.name for f in fields(FastConfig) if f.name not in idle]
+        variants |= {f"without {n}": fast.without(n) for n in names if getattr(fast, n)}
     results: dict[str, Any] = {}
     clips = {}
     order = sorted(variants, key=lambda name: variants[name] is not None)  # the plain path first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
+from aad1.models.causal_codec import CausalCodec
 from aad1.models.codec import Codec, DecoderStream
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.wan_vae import FastWanVae, WanVaeConfig
@@ -45,6 +47,7 @@ class Subject:
     encode: Callable[[torch.Tensor], torch.Tensor]
     plain_decoder: Callable[[], DecoderStream]
     fast_vae: FastWanVae | None
+    half_decoder: Callable[[], DecoderStream] | None
     encode_text: Callable[[], object] | None
     notes: tuple[str, ...]
 
@@ -103,6 +106,7 @@ def random_subject(
         model=model.eval().requires_grad_(False), geometry=geometry, sigmas=sigmas, size=size,
         latent_shape=(vae_config.z_dim, height // 8, width // 8), temporal_stride=4, rows=rows,
         encode=vae.encode_image, plain_decoder=(plain or vae).stream, fast_vae=vae,
+        half_decoder=None,
         encode_text=None, notes=tuple(notes),
     )  # fmt: skip
 
@@ -113,13 +117,16 @@ def folder_subject(
     """A pipeline folder or packaged model, with its own geometry and noise levels."""
     from aad1.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(name, device=device, dtype=dtype)
+    pipe = Pipeline.from_pretrained(name, device=device, dtype=dtype, fast=False)
     rollout = pipe.rollout
     width, height = pipe.check_size(size)
     codec: Codec = pipe.codec
     prompt = _any_prompt(pipe)
     stride = codec.spatial_stride
     fast = None
+    half = None
+    if isinstance(codec, CausalCodec):
+        half = copy.deepcopy(codec).to(torch.bfloat16).stream
     if hasattr(codec, "vae"):
         fast = FastWanVae.of(codec, channels_last=False)
     return Subject(
@@ -128,6 +135,7 @@ def folder_subject(
         latent_shape=(codec.latent_channels, height // stride, width // stride),
         temporal_stride=codec.temporal_stride, rows=pipe.encode_prompt(prompt),
         encode=codec.encode, plain_decoder=codec.stream, fast_vae=fast,
+        half_decoder=half,
         encode_text=lambda: pipe.encode_prompt(prompt),
         notes=(f"{name}, {count(pipe.transformer)} parameters",),
     )  # fmt: skip

@@ -39,6 +39,9 @@ class FastConfig:
     """Wan's decoder by this package: channels last, caches of fixed size."""
     compile_decoder: bool = True
     """torch.compile of that decoder."""
+    half_decoder: bool = False
+    """The light codec decodes in bfloat16, where the CPU multiplies it: frames differ by a level
+    or two of 255."""
     early: bool = True
     """The cache pass is launched before the frames are waited for, and they are copied to
     pinned memory."""
@@ -54,7 +57,7 @@ class FastConfig:
 
 OFF = FastConfig(
     precompute=False, compile=False, triton=False, cudnn=False, graph=False, fp8=False,
-    decoder=False, compile_decoder=False, early=False,
+    decoder=False, compile_decoder=False, half_decoder=False, early=False,
 )  # fmt: skip
 
 
@@ -63,10 +66,16 @@ SMALL = 1024
 
 
 def default_config(device: torch.device, width: int) -> FastConfig:
-    """What pays on that kind of device, for a transformer of that width; exact parts only."""
+    """What pays on that kind of device, for a transformer of that width.
+
+    All of it exact to rounding, but `half_decoder` on a CPU: its error is that of 8-bit frames.
+    """
     if device.type == "cuda":
         return FastConfig(compile=width >= SMALL)
-    return FastConfig(compile=False, compile_decoder=False, cudnn=False, early=False)
+    half = device.type == "cpu" and multiplies_bfloat16()
+    return FastConfig(
+        compile=False, compile_decoder=False, cudnn=False, early=False, half_decoder=half
+    )
 
 
 def usable(
@@ -104,6 +113,12 @@ def usable(
         parts = "; ".join(f"{', '.join(names)} ({why})" for why, names in by_reason.items())
         warnings.warn(f"the fast path runs without {parts}", stacklevel=2)
     return config.without(*lost)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; elsewhere it is emulated and slow."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def triton_interprets() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.fast.config import FastConfig
 from aad1.fast.handover import Handover
 from aad1.fast.rollout import Session
+from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
 from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
@@ -93,8 +95,23 @@ def test_a_pipeline_on_the_fast_path_is_saved_as_any(tiny_pipeline: Build, tmp_p
     again = Pipeline.from_pretrained(tmp_path, fast=True)
     assert again.fast_rollout(again.rollout) is not None
     assert torch.equal(again(PICTURE, "left", num_chunks=2), want)
-    plain = Pipeline.from_pretrained(tmp_path)
-    assert plain.fast_rollout(plain.rollout) is None  # on the CPU
+    assert Pipeline.from_pretrained(tmp_path).fast_rollout(again.rollout) is not None
+    plain = Pipeline.from_pretrained(tmp_path, fast=False)
+    assert plain.fast_rollout(plain.rollout) is None
+
+
+def test_the_light_codec_in_half_precision_is_within_two_levels(tiny_pipeline: Build) -> None:
+    torch.manual_seed(0)
+    codec = CausalCodec(CausalCodecConfig(latent_channels=4, widths=(16, 16, 8, 8))).eval()
+    pipe = tiny_pipeline(codec=codec)
+    want = pipe(PICTURE, "left", num_chunks=2)
+    pipe.speed_up(EARLY)
+    assert close(pipe(PICTURE, "left", num_chunks=2), want)
+    pipe.speed_up(replace(EARLY, half_decoder=True))
+    got = pipe(PICTURE, "left", num_chunks=2)
+    error = (got.int() - want.int()).abs()
+    assert 0 < int(error.max()) <= 3 and float(error.float().mean()) < 0.5
+    assert next(codec.parameters()).dtype == torch.float32  # the codec itself is left alone
 
 
 @pytest.mark.gpu
