@@ -20,9 +20,9 @@ from aad1.stages.adversarial import Adversarial, AdversarialConfig
 from aad1.stages.base import Batch, Conditioner, Stage
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
+from aad1.train.blocks import checkpoint_blocks
 from aad1.train.config import OptimConfig
 from aad1.train.loop import Trainer
-from aad1.train.run import checkpoint_blocks
 
 CPU = torch.device("cpu")
 GEOMETRY = ChunkGeometry(chunk=2, sink=1, window=5)
@@ -138,7 +138,7 @@ def main() -> None:
     processes = mesh.start(arguments.pop("mesh", ""), CPU)
     result = JOBS[job](processes, **arguments)
     torch.save(result, out / f"{processes.rank}.pt")
-    processes.close()
+    mesh.leave()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start a job of `jobs.py` in several processes, as torchrun would, and collect what they return."""
+"""Start a job of `jobs.py` in several processes, as torchrun would; collect what they return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     paths = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_SHOW_CPP_STACKTRACES": "0"}
+    return os.environ | {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_SHOW_CPP_STACKTRACES": "0",
+    }
 
 
 def start(size: int, job: str, out: Path, **arguments: Any) -> list[subprocess.Popen[str]]:

@@ -153,4 +153,4 @@ def share_context(module: nn.Module, group: dist.ProcessGroup) -> None:
 def _wrap(attention: Attention, heads: _Heads) -> None:
     attention.key_value = heads.key_value  # type: ignore[method-assign]
     attention.query = heads.query  # type: ignore[method-assign]
-    attention.out = heads.out  # type: ignore[method-assign]
+    attention.out = heads.out  # type: ignore[method-assign, assignment]

@@ -27,6 +27,8 @@ TIMEOUT = timedelta(minutes=30)
 class SharedError(UserError):
     """A user's mistake that all processes know of, so that one of them reports it."""
 
+    shared = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshShape:
@@ -46,7 +48,9 @@ class MeshShape:
         for item in filter(None, text.replace(" ", "").split(",")):
             name, _, value = item.partition("=")
             if name not in ("dp", "cp", "replicas") or name in found or not value.isdigit():
-                raise UserError(f"--mesh must be like dp=4,cp=2 or dp=4,cp=2,replicas=2, got {text!r}")
+                raise UserError(
+                    f"--mesh must be like dp=4,cp=2 or dp=4,cp=2,replicas=2, got {text!r}"
+                )
             found[name] = int(value)
         cp = found.get("cp", size // found["dp"] if found.get("dp", 0) else 1)
         dp = found.get("dp", size // cp if cp else 0)
@@ -128,11 +132,6 @@ class Processes:
             if found:
                 raise SharedError(found)
 
-    def close(self) -> None:
-        """Leave the group."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
 
 def local_device(name: str) -> torch.device:
     """The device of this process: of several GPUs the one that torchrun numbered."""
@@ -174,14 +173,26 @@ def start(mesh: str, device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
     return Processes(rank, size, shape, states, context)
 
 
+def leave() -> None:
+    """Leave the processes that `start` joined, if it did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone."""
+    signs = ("closed by peer", "Connection reset", "Broken pipe", "remote process exited")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def check_heads(cp: int, heads: dict[str, int]) -> None:
     """UserError, with the list of what is possible, unless cp divides every network's heads."""
     if any(count % cp for count in heads.values()):
-        fit = [n for n in range(1, min(heads.values()) + 1) if not any(h % n for h in heads.values())]
+        every = range(1, min(heads.values()) + 1)
+        fit = [n for n in every if not any(count % n for count in heads.values())]
         named = ", ".join(f"{name} {count}" for name, count in heads.items())
         raise UserError(
-            f"cp={cp} must divide the heads of every network ({named}): "
-            f"{', '.join(map(str, fit))}"
+            f"cp={cp} must divide the heads of every network ({named}): {', '.join(map(str, fit))}"
         )
 
 

@@ -80,3 +80,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together, in every process; the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(module: nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
+    """All weights by name, on the CPU, in the first process; nothing in the others."""
+    reshard([module])
+    found = {}
+    for name, value in module.state_dict().items():
+        put_together = whole(value.detach())  # all take part, one tensor at a time
+        if processes.main:
+            found[name] = put_together.cpu()
+    return found

@@ -108,9 +108,7 @@ class SelfRollout:
     def __init__(self, rollout: Rollout, run: RolloutFn = roll_out) -> None:
         self.rollout, self.run = rollout, run
 
-    def __call__(
-        self, latents: torch.Tensor, text: torch.Tensor, rng: Rng
-    ) -> tuple[Recorded, int]:
+    def __call__(self, latents: torch.Tensor, text: torch.Tensor, rng: Rng) -> tuple[Recorded, int]:
         """A recorded rollout as long as `latents`, and its exit step."""
         first, sigmas = self.rollout.geometry.first, self.rollout.sigmas
         b, c, f, h, w = latents.shape
@@ -137,9 +135,7 @@ Rng = torch.Generator | SampleNoise
 """What a loss draws from: `SampleNoise` in training; a plain generator where batches are whole."""
 
 
-def randn(
-    shape: Sequence[int], like: torch.Tensor, rng: Rng, dim: int = 0
-) -> torch.Tensor:
+def randn(shape: Sequence[int], like: torch.Tensor, rng: Rng, dim: int = 0) -> torch.Tensor:
     """Standard normal noise of the dtype and on the device of `like`; samples along `dim`."""
     if isinstance(rng, torch.Generator):
         return torch.randn(tuple(shape), generator=rng, device=like.device, dtype=like.dtype)

@@ -71,9 +71,7 @@ class OdeInit:
             loss = self._diffusion_forcing(states, text, rng)
         return loss, {"loss": loss.detach()}
 
-    def _levels(
-        self, states: torch.Tensor, clean: bool, rng: Rng
-    ) -> torch.Tensor:
+    def _levels(self, states: torch.Tensor, clean: bool, rng: Rng) -> torch.Tensor:
         """State index per frame [B, F], one per chunk; len(sigmas) is the clean end point."""
         chunks = self.geometry.chunks(states.shape[3])
         index = integers(len(self.sigmas) + int(clean), (len(states), chunks), states, rng)
@@ -103,9 +101,7 @@ class OdeInit:
         # Per clip, then over clips: the same however a batch is split.
         return ((error * noisy).sum(1) / noisy.sum(1).clamp_min(1)).mean()
 
-    def _teacher_forcing(
-        self, states: torch.Tensor, text: torch.Tensor, rng: Rng
-    ) -> torch.Tensor:
+    def _teacher_forcing(self, states: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
         frames, first = states.shape[3], self.geometry.first
         x_t, sigma = self._select(states, self._levels(states, False, rng))
         clean = states[:, -1]

@@ -25,6 +25,7 @@ from aad1.errors import UserError
 from aad1.models.weights import read_json, write_json
 from aad1.parallel.mesh import Processes, SharedError
 
+_dcp: Any = dcp  # it does not say what it exports
 META, WEIGHTS = "meta.json", "weights"
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
@@ -61,7 +62,7 @@ def save(
     if not processes.any(problem is not None):  # nobody writes before the folder is there
         try:
             with _quiet():
-                dcp.save(dict(tensors), checkpoint_id=temporary / WEIGHTS, no_dist=alone)
+                _dcp.save(dict(tensors), checkpoint_id=temporary / WEIGHTS, no_dist=alone)
         except (CheckpointException, OSError, RuntimeError) as error:
             free = shutil.disk_usage(folder.parent).free / 2**30
             problem = f"{_cause(error)} ({free:.2f} GiB free on the disk)"
@@ -80,8 +81,8 @@ def save(
                 shutil.rmtree(before, ignore_errors=True)
     if problems:
         kept = steps(folder.parent.parent)
-        rest = f"{kept[-1]} is kept" if kept else "there is none before it"
-        raise SharedError(f"{folder} could not be written: {problems[0]}; {rest}")
+        older = f"{kept[-1]} is kept" if kept else "there is none before it"
+        raise SharedError(f"{folder} could not be written: {problems[0]}; {older}")
 
 
 def steps(run: Path) -> list[Path]:
@@ -110,7 +111,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a checkpoint, by name."""
-    stored = dcp.FileSystemReader(folder / WEIGHTS).read_metadata().state_dict_metadata
+    stored = _dcp.FileSystemReader(folder / WEIGHTS).read_metadata().state_dict_metadata
     return {
         name: tuple(entry.size)
         for name, entry in stored.items()
@@ -132,7 +133,7 @@ def load(
             )
     try:
         with _quiet():
-            dcp.load(dict(tensors), checkpoint_id=folder / WEIGHTS, no_dist=processes.size == 1)
+            _dcp.load(dict(tensors), checkpoint_id=folder / WEIGHTS, no_dist=processes.size == 1)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be read: {_cause(error)}") from None
 
