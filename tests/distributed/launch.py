@@ -33,8 +33,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(size: int, job: str, out: Path, **arguments: Any) -> list[subprocess.Popen[str]]:
-    """The processes of a job, running; each writes its result to out/<rank>.pt."""
+def start(size: int, job: str, folder: Path, /, **arguments: Any) -> list[subprocess.Popen[str]]:
+    """The processes of a job, running; each writes its result to folder/<rank>.pt."""
+    return spawn(size, [sys.executable, str(JOBS), job, str(folder), json.dumps(arguments)])
+
+
+def aad1(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The command line in several processes, running."""
+    return spawn(size, [sys.executable, "-m", "aad1.cli", *arguments])
+
+
+def spawn(size: int, command: list[str]) -> list[subprocess.Popen[str]]:
     port = str(free_port())
     started = []
     for rank in range(size):
@@ -42,7 +51,6 @@ def start(size: int, job: str, out: Path, **arguments: Any) -> list[subprocess.P
         if size > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        command = [sys.executable, str(JOBS), job, str(out), json.dumps(arguments)]
         started.append(
             subprocess.Popen(
                 command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -67,7 +75,7 @@ def finish(started: list[subprocess.Popen[str]], timeout: float = 120) -> list[t
     return out
 
 
-def launch(size: int, job: str, **arguments: Any) -> list[Any]:
+def launch(size: int, job: str, /, **arguments: Any) -> list[Any]:
     """Run a job to its end and return the results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         for code, text in finish(start(size, job, Path(folder), **arguments)):

@@ -145,23 +145,29 @@ def start(mesh: str, device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
 
     UserError, the same in all of them, if the layout cannot be.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    try:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Processes(shape=MeshShape.parse(mesh, 1))
+    if not dist.is_initialized():  # all join before any of them may refuse
+        backend = "gloo"
+        if device.type == "cuda" and device.index < torch.cuda.device_count():
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timeout)
+    known = Processes(dist.get_rank(), size)
+    with known.together():
         shape = MeshShape.parse(mesh, size)
-        if device.type == "cuda" and size > 1 and device.index >= torch.cuda.device_count():
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
             raise UserError(
                 f"process {device.index} of this machine has no GPU: there are "
                 f"{torch.cuda.device_count()} (torchrun --nproc-per-node)"
             )
-    except UserError as error:
-        raise SharedError(str(error)) if size > 1 else error from None
-    if size == 1:
-        return Processes(shape=shape)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
-    kind, n = device.type, shape.replicas
+    return arrange(shape, device)
+
+
+def arrange(shape: MeshShape, device: torch.device) -> Processes:
+    """The processes that have joined, laid out in this shape."""
+    kind, n, size = device.type, shape.replicas, dist.get_world_size()
     if n == 1:
         states = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     else:
@@ -170,7 +176,7 @@ def start(mesh: str, device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
     if shape.cp > 1:
         layout = init_device_mesh(kind, (shape.dp, shape.cp), mesh_dim_names=("dp", "cp"))
         context = layout.get_group("cp")
-    return Processes(rank, size, shape, states, context)
+    return Processes(dist.get_rank(), size, shape, states, context)
 
 
 def leave() -> None:

@@ -7,6 +7,7 @@ with under autocast as in one process: so modulation and norms stay in float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,8 @@ def distribute(module: nn.Module, processes: Processes) -> None:
         share_context(module, processes.context)
     if processes.mesh is None:
         return
+    # It warns of K and V, which are views: nothing here writes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in list(module.modules()):
         if isinstance(part, Block | QueryHead) and part is not module:
             fully_shard(part, mesh=processes.mesh)
