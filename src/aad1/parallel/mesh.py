@@ -52,8 +52,11 @@ class MeshShape:
                     f"--mesh must be like dp=4,cp=2 or dp=4,cp=2,replicas=2, got {text!r}"
                 )
             found[name] = int(value)
-        cp = found.get("cp", size // found["dp"] if found.get("dp", 0) else 1)
-        dp = found.get("dp", size // cp if cp else 0)
+        dp, cp = found.get("dp"), found.get("cp")
+        if cp is None:
+            cp = max(1, size // dp) if dp else 1
+        if dp is None:
+            dp = max(1, size // cp) if cp else 1
         replicas = found.get("replicas", 1)
         if dp * cp != size:
             raise UserError(

@@ -23,14 +23,15 @@ from aad1.parallel.mesh import Processes
 
 
 def distribute(module: nn.Module, processes: Processes) -> None:
-    """Share a network out over the processes, in place; nothing happens for one process.
+    """Share a network out over the processes, in place; nothing happens for one process, or for a
+    network that is shared out already.
 
     Copies must have been made before, optimisers must be made after.
     """
+    if processes.mesh is None or isinstance(module, FSDPModule):
+        return
     if processes.context is not None:
         share_context(module, processes.context)
-    if processes.mesh is None:
-        return
     # It warns of K and V, which are views: nothing here writes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for part in list(module.modules()):

@@ -216,8 +216,9 @@ class Trainer:
             self.skipped_in_a_row = 0
             return True
         found = self.processes.gather(self._culprit(role, start, seen))
-        rank, what = next(((r, f) for r, f in enumerate(found) if f), (0, None))
-        what = what or f"the {role}'s gradient norm is {float(norm)}"
+        # A bad loss spreads to all gradients, so what it began with is told first.
+        told = [(not loss, rank, what) for rank, (loss, what) in enumerate(found) if what]
+        _, rank, what = min(told, default=(True, 0, f"the {role}'s gradient norm is {float(norm)}"))
         where = f" in process {rank}" if self.processes.size > 1 else ""
         message = f"update {self.update}: {what}{where}"
         self.skipped += 1
@@ -230,19 +231,19 @@ class Trainer:
             print(f"skipped a step: {message}", flush=True)
         return False
 
-    def _culprit(self, role: str, start: int, seen: list[Logs]) -> str | None:
-        """What is not finite in this process."""
+    def _culprit(self, role: str, start: int, seen: list[Logs]) -> tuple[bool, str]:
+        """What is not finite in this process, or nothing; and whether it is a loss."""
         for i, logs in enumerate(seen):
             first = start + i * self.micro
             for name, value in logs.items():
                 if not bool(torch.isfinite(value)):
                     samples = f"samples {first} to {first + self.micro - 1}"
-                    return f"{role} {name} is {float(value)} ({samples})"
+                    return True, f"{role} {name} is {float(value)} ({samples})"
         for module_name, module in self.modules.items():
             for name, p in module.named_parameters():
                 if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()):
-                    return f"the gradient of {module_name}.{name} is not finite"
-        return None
+                    return False, f"the gradient of {module_name}.{name} is not finite"
+        return False, ""
 
     @torch.no_grad()
     def _average(self) -> None:
