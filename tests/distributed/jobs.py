@@ -294,7 +294,7 @@ def dies(processes: mesh.Processes, config: str, out: str) -> Any:
         nonlocal saves
         saves += 1
         if saves == 2 and processes.rank == 1:
-            (checkpoint_id / "half").write_bytes(b"half")
+            (checkpoint_id.parent / "half").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(state, checkpoint_id=checkpoint_id, **more)
 
