@@ -1,10 +1,10 @@
 """`aad1 train PRESET --dry-run`: what a run of Wan takes, worked out without weights or data.
 
 Parameters are counted on networks without storage (torch's meta device). States - weights,
-gradients, Adam's moments (one where beta1 is 0, else two), averages - are what the trainer keeps. On
-one GPU that is all there is. On several they are sharded over all of them, or over one of `--mesh`'s
-replicas, and the activations of a clip over a context-parallel group: `--mesh`'s cp, or else as many
-GPUs as divide all of them and every network's heads, at most 8.
+gradients, Adam's moments (one where beta1 is 0, else two), averages - are what the trainer keeps.
+On one GPU that is all there is. On several they are sharded over all of them, or over one of the
+replicas of `--mesh`, and the activations of a clip over a context-parallel group: `--mesh`'s cp, or
+else as many GPUs as divide all of them and every network's heads, at most 8.
 """
 
 from __future__ import annotations
@@ -114,12 +114,10 @@ def plan(e: Experiment, cluster: Cluster) -> Plan:
     copies = _copies(e, trained, student, teacher, bf16, cluster)
     shape = MeshShape.parse(e.mesh, cluster.gpus) if e.mesh else None
     if shape is not None:
-        names = {
-            "generator": student.num_attention_heads,
-            "critic": max(heads),
-            "least": min(heads),
-        }
-        check_heads(shape.cp, names)
+        named = {"generator": student.num_attention_heads}
+        if not isinstance(e.stage, OdeInitConfig):
+            named["teacher"] = teacher.num_attention_heads
+        check_heads(shape.cp, named)
         share(e.optim.batch * e.optim.accumulate, e.optim.batch, shape.dp)
     generator, critic = _work(e, student, teacher, clip)
     micro = e.optim.batch * e.optim.accumulate
@@ -212,9 +210,12 @@ def _copies(
     bf16: bool,
     cluster: Cluster,
 ) -> int:
-    """Weights beside the masters. On one GPU autocast keeps a bf16 copy of the network in training.
-    Sharded, two float32 blocks and what is outside the blocks are gathered at a time, and all of the
-    generator where it is kept gathered."""
+    """Weights beside the masters.
+
+    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two float32 blocks
+    and what is outside the blocks are gathered at a time, and all of the generator where it is kept
+    gathered.
+    """
     if cluster.gpus == 1:
         return 2 * max(r.parameters for r in trained) if bf16 else 0
     with torch.device("meta"):
@@ -312,7 +313,8 @@ def describe(e: Experiment, cluster: Cluster) -> str:
         f"{e.optim.batch * e.optim.accumulate} as {e.optim.batch} x {e.optim.accumulate}"
     )
     lines.append(
-        f"GPUs: {gpus} of {cluster.gib:g} GiB; states sharded over {p.shards}, a clip over {context}"
+        f"GPUs: {gpus} of {cluster.gib:g} GiB; states sharded over {p.shards}, a clip over "
+        f"{context}"
     )
     head = ("GiB per GPU", "parameters", "weights", "gradients", "Adam", "average", "total")
     lines += ["", _row(*head)]
