@@ -24,12 +24,12 @@ def test_a_signal_sets_the_flag_and_a_second_one_ends(number: int) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with only_run(tmp_path):
-        with (
-            pytest.raises(UserError, match=rf"by another run \(process {os.getpid()} on "),
-            only_run(tmp_path),
-        ):
-            pass
+    with (
+        only_run(tmp_path),
+        pytest.raises(UserError, match=rf"by another run \(process {os.getpid()} on "),
+        only_run(tmp_path),
+    ):
+        pass
     with only_run(tmp_path):  # free again
         pass
 

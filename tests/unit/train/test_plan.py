@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aad1 import cli
+from aad1.errors import UserError
 from aad1.models.weights import write_json
 from aad1.presets import preset
 from aad1.presets.wan import LARGE
