@@ -54,22 +54,31 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         raise NotADirectoryError(f"{target} is a file, expected a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_folder(target) as folder:
-        new, old = folder / "new", folder / "old"
+        new = folder / "new"
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _open_to_others(file, folder)
-                _sync_file(file)
-        if target.exists():
-            os.replace(target, old)
-            try:
-                os.replace(new, target)
-            except BaseException:
-                os.replace(old, target)
-                raise
-        else:
+        publish_folder(new, target, aside=folder / "old")
+
+
+def publish_folder(new: Path, target: Path, aside: Path) -> None:
+    """Give a finished folder its name, once what is in it is on the disk.
+
+    For writers that share `new` and need its name before it is whole. aside: where a folder that
+    has the name now is put, for the caller to delete.
+    """
+    for file in new.rglob("*"):
+        if file.is_file():
+            _open_to_others(file, target.parent)
+            _sync_file(file)
+    if target.exists():
+        os.replace(target, aside)
+        try:
             os.replace(new, target)
+        except BaseException:
+            os.replace(aside, target)
+            raise
+    else:
+        os.replace(new, target)
     _sync_folder(target.parent)
 
 

@@ -140,7 +140,9 @@ Command = (
 
 def train(args: Train, rest: Sequence[str]) -> None:
     """Run a preset with overrides, or replay a config.yaml."""
+    from aad1.parallel import mesh
     from aad1.presets import preset, presets
+    from aad1.train.guard import Stopped
     from aad1.train.loop import NonFinite
     from aad1.train.record import read_record
     from aad1.train.run import Run
@@ -172,8 +174,25 @@ def train(args: Train, rest: Sequence[str]) -> None:
     try:
         Run(chosen).train()
     except NonFinite as error:
-        print(f"aad1: {error}; the last checkpoint is kept", file=sys.stderr)
+        if first_process():
+            print(f"aad1: {error}; the last checkpoint is kept", file=sys.stderr)
         raise SystemExit(1) from None
+    except Stopped as stopped:
+        if first_process():
+            print(f"aad1: {stopped}")
+    except RuntimeError as error:
+        if not mesh.lost_another(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"aad1: process {rank}: another process of this run is gone", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # an orderly end would wait for it
+    mesh.leave()
+
+
+def first_process() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def data(args: Data) -> None:
@@ -276,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             RUN[type(command)](command)
     except UserError as error:
-        print(f"aad1: {error}", file=sys.stderr)
+        # What all processes know is told by one of them; torchrun may end the others early.
+        if first_process() or not getattr(error, "shared", False):
+            print(f"aad1: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("aad1: interrupted", file=sys.stderr)

@@ -263,10 +263,6 @@ class Block(nn.Module):
         """Six tensors [B, F or 1, 1, D]: shift1, scale1, gate1, shift2, scale2, gate2."""
         return (self.scale_shift_table.float() + e0)[:, :, :, None].unbind(2)
 
-    def attention_input(self, x: torch.Tensor, e0: torch.Tensor) -> torch.Tensor:
-        shift, scale, *_ = self.modulation(e0)
-        return (_norm(x, self.eps) * (1 + scale) + shift).to(x.dtype)
-
     def forward(
         self,
         x_BFLD: torch.Tensor,
@@ -274,12 +270,18 @@ class Block(nn.Module):
         text: torch.Tensor,
         past: KV | None,
         wiring: Wiring,
+        keys_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns (x, K, V); K and V are this pass's own, K not rotated."""
+        """Returns (x, K, V); K and V are this pass's own, K not rotated.
+
+        keys_only: stop at K and V (x comes back as it was given), as the cache pass does last.
+        """
         x = x_BFLD
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e0)
         h = (_norm(x, self.eps) * (1 + scale1) + shift1).to(x.dtype)
         k, v = self.attn1.key_value(h)
+        if keys_only:
+            return x, k, v
         a = planned_attention(self.attn1.query(h), (k, v), past, wiring)
         x = (x.float() + self.attn1.out(a) * gate1).to(x.dtype)
         x = x + self.cross(x, text)
@@ -352,7 +354,7 @@ class WanTransformer(nn.Module):
         wiring = wire(plan, grid, self.config, x.device)
         for i, block in enumerate(self.blocks):
             x, _, _ = block(x, e0, context, None if past is None else past[i], wiring)
-        out = self._head(x, e, grid).to(latents.dtype)
+        out = self._unpatch(self._head(x, e), grid).to(latents.dtype)
         if self.config.prediction == "x0":
             s = per_frame(sigma, latents).clamp_min(MIN_SIGMA)
             return (latents - out) / s
@@ -372,12 +374,10 @@ class WanTransformer(nn.Module):
         plan = plan or plans.bidirectional(latents.shape[2])
         wiring = wire(plan, grid, self.config, x.device)
         out: list[KV] = []
-        for i, block in enumerate(self.blocks[:-1]):
-            x, k, v = block(x, e0, context, None if past is None else past[i], wiring)
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            x, k, v = block(x, e0, context, None if past is None else past[i], wiring, last)
             out.append((k, v))
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        out.append(last.attn1.key_value(last.attention_input(x, e0)))
         return tuple(out)
 
     def features(
@@ -418,11 +418,15 @@ class WanTransformer(nn.Module):
         context = self.condition_embedder.text(text.to(self.dtype))
         return x, e, e0, context, (h // p, w // q)
 
-    def _head(self, x: torch.Tensor, e: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _head(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, F, L, D] -> the numbers of their patches [B, F, L, p q C]."""
         table = self.scale_shift_table.float() + e[:, :, None]
         shift, scale = table[:, :, :, None].unbind(2)
         h = (_norm(x, self.config.eps) * (1 + scale) + shift).to(x.dtype)
-        out = self.proj_out(h)
+        return self.proj_out(h)  # type: ignore[no-any-return]
+
+    def _unpatch(self, out: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[B, F, L, p q C] -> [B, C, F, H, W]."""
         _, p, q = self.config.patch_size
         out = out.unflatten(2, grid).unflatten(-1, (p, q, -1))  # B F h w p q C
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -61,6 +61,7 @@ def chain(prefix: str, model: WanConfig, taps: tuple[int, ...], base: Path) -> l
         monitor=MonitorConfig(every=10, clips=8),
         teacher=base,
         checkpoint_blocks=True,
+        keep_gathered=model is SMALL,  # 14B is 53 GiB in float32
         checkpoint_every=100,
     )
     dmd = replace(

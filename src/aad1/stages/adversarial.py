@@ -23,6 +23,7 @@ from aad1.stages.base import (
     Batch,
     Conditioner,
     Loss,
+    Rng,
     SelfRollout,
     randn,
     roll_out,
@@ -109,11 +110,11 @@ class Adversarial:
         low = max(sigmas[step + 1], self.config.min_sigma)
         return low, min(sigmas[step], self.config.max_sigma)
 
-    def _tau(self, n: int, step: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def _tau(self, n: int, step: int, like: torch.Tensor, rng: Rng) -> torch.Tensor:
         low, high = self.interval(step)
         return low + (high - low) * uniform(n, like, rng)
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Two-phase step: dL_G/dx through the frozen discriminator, then the replay carries it."""
         first = self.rollout.geometry.first
         text = self.conditioner(batch.captions, batch.latents.shape[2])
@@ -136,7 +137,7 @@ class Adversarial:
         total = loss.detach() + surrogate - surrogate.detach()
         return total, {"loss": loss.detach(), "fake_logit": fake.detach().mean()}
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         real_x = batch.latents
         text = self.conditioner(batch.captions, real_x.shape[2])
         recorded, step = self.self_rollout(real_x, text, rng)
@@ -150,7 +151,8 @@ class Adversarial:
         real, fake = self.discriminator(x_tau, sigma, context).chunk(2)
         penalty = torch.zeros((), device=real.device)
         if self.config.penalty_weight:
-            delta = self.config.penalty_sigma * randn(x_tau.shape, x_tau, rng)
+            drawn = randn((2, *real_x.shape), x_tau, rng, dim=1).flatten(0, 1)
+            delta = self.config.penalty_sigma * drawn
             near_real, near_fake = self.discriminator(x_tau + delta, sigma, context).chunk(2)
             penalty = approximate_penalty(real, near_real) + approximate_penalty(fake, near_fake)
         if self.config.loss == "relativistic":

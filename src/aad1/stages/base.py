@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,9 +75,9 @@ class Stage(Protocol):
         """Parameters by role: "generator", and if there is a critic "critic", "critic_heads"."""
         ...
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss: ...
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss: ...
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss: ...
 
 
 def noise_from(tensor: torch.Tensor, geometry: ChunkGeometry) -> Noise:
@@ -107,26 +108,64 @@ class SelfRollout:
     def __init__(self, rollout: Rollout, run: RolloutFn = roll_out) -> None:
         self.rollout, self.run = rollout, run
 
-    def __call__(
-        self, latents: torch.Tensor, text: torch.Tensor, rng: torch.Generator
-    ) -> tuple[Recorded, int]:
+    def __call__(self, latents: torch.Tensor, text: torch.Tensor, rng: Rng) -> tuple[Recorded, int]:
         """A recorded rollout as long as `latents`, and its exit step."""
         first, sigmas = self.rollout.geometry.first, self.rollout.sigmas
         b, c, f, h, w = latents.shape
-        noise = randn((len(sigmas), b, c, f - first, h, w), latents, rng)
+        noise = randn((len(sigmas), b, c, f - first, h, w), latents, rng, dim=1)
         step = len(sigmas) - 1
         if len(sigmas) > 1:
-            step = int(torch.randint(len(sigmas), (), generator=rng, device=rng.device))
+            step = choose(len(sigmas), rng)
         return self.run(self.rollout, latents[:, :, :first], text, noise, step), step
 
 
-def randn(
-    shape: tuple[int, ...] | torch.Size, like: torch.Tensor, rng: torch.Generator
-) -> torch.Tensor:
-    """Standard normal noise of the dtype and on the device of `like`."""
-    return torch.randn(shape, generator=rng, device=like.device, dtype=like.dtype)
+class SampleNoise:
+    """Random numbers of a micro-batch: one generator per sample, and one for what all share.
+
+    A sample's numbers hang on its own seed alone, so they stay the same however a batch is split
+    over micro-batches and processes. They are drawn on the CPU: the same on every machine.
+    """
+
+    def __init__(self, seeds: Sequence[int], shared: int) -> None:
+        self.samples = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shared = torch.Generator().manual_seed(shared)
 
 
-def uniform(n: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """n numbers from U[0, 1), float32, on the device of `like`."""
-    return torch.rand(n, generator=rng, device=like.device)
+Rng = torch.Generator | SampleNoise
+"""What a loss draws from: `SampleNoise` in training; a plain generator where batches are whole."""
+
+
+def randn(shape: Sequence[int], like: torch.Tensor, rng: Rng, dim: int = 0) -> torch.Tensor:
+    """Standard normal noise of the dtype and on the device of `like`; samples along `dim`."""
+    if isinstance(rng, torch.Generator):
+        return torch.randn(tuple(shape), generator=rng, device=like.device, dtype=like.dtype)
+    rest = [*shape[:dim], *shape[dim + 1 :]]
+    parts = [torch.randn(rest, generator=g) for g in _of(rng, shape[dim])]
+    return torch.stack(parts, dim).to(like.device, like.dtype)
+
+
+def uniform(n: int, like: torch.Tensor, rng: Rng) -> torch.Tensor:
+    """n numbers from U[0, 1), one a sample, float32, on the device of `like`."""
+    if isinstance(rng, torch.Generator):
+        return torch.rand(n, generator=rng, device=like.device)
+    return torch.stack([torch.rand((), generator=g) for g in _of(rng, n)]).to(like.device)
+
+
+def integers(top: int, shape: tuple[int, int], like: torch.Tensor, rng: Rng) -> torch.Tensor:
+    """Whole numbers from 0 .. top - 1, int64 [samples, each], on the device of `like`."""
+    if isinstance(rng, torch.Generator):
+        return torch.randint(top, shape, generator=rng, device=like.device)
+    parts = [torch.randint(top, shape[1:], generator=g) for g in _of(rng, shape[0])]
+    return torch.stack(parts).to(like.device)
+
+
+def choose(top: int, rng: Rng) -> int:
+    """One number from 0 .. top - 1 for all samples of an update, the same in every process."""
+    generator = rng if isinstance(rng, torch.Generator) else rng.shared
+    return int(torch.randint(top, (), generator=generator, device=generator.device))
+
+
+def _of(rng: SampleNoise, n: int) -> list[torch.Generator]:
+    if n != len(rng.samples):
+        raise ValueError(f"noise for {n} samples was asked of {len(rng.samples)} generators")
+    return rng.samples

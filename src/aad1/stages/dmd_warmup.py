@@ -18,7 +18,7 @@ from aad1.core.flow import add_noise, capped_weight, guide, shift, velocity, x0_
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 from aad1.rollout.stream import Rollout, RolloutFn, replay
-from aad1.stages.base import Batch, Conditioner, Loss, SelfRollout, randn, roll_out
+from aad1.stages.base import Batch, Conditioner, Loss, Rng, SelfRollout, randn, roll_out
 from aad1.stages.base import uniform as uniform_like
 from aad1.stages.losses import dmd_direction, dmd_loss
 
@@ -70,13 +70,13 @@ class DmdWarmup:
             "critic": list(self.fake_score.parameters()),
         }
 
-    def tau(self, n: int, like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def tau(self, n: int, like: torch.Tensor, rng: Rng) -> torch.Tensor:
         """Noise levels [n] at which the scores are compared."""
         u = shift(uniform_like(n, like, rng), self.config.shift)
         return u.clamp(self.config.min_sigma, self.config.max_sigma)
 
     @torch.no_grad()
-    def direction(self, x: torch.Tensor, text: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    def direction(self, x: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
         """The normalised DMD gradient at a clip x [B, C, F, H, W] (Eq. of stage II)."""
         tau = self.tau(len(x), x, rng)
         x_tau = add_noise(x, randn(x.shape, x, rng), tau)
@@ -89,7 +89,7 @@ class DmdWarmup:
             x, x0_from_velocity(x_tau, real, tau), x0_from_velocity(x_tau, fake, tau)
         )
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Two-phase step: the loss's gradient in x is g / numel(x), carried by the replay."""
         first = self.rollout.geometry.first
         text = self.conditioner(batch.captions, batch.latents.shape[2])
@@ -99,7 +99,7 @@ class DmdWarmup:
         loss = dmd_loss(x, g)
         return loss, {"dmd": g.abs().mean(), "loss": loss.detach()}
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """|| v_fake(x_tau, tau, c) - (eps - x) ||^2 on a fresh rollout."""
         text = self.conditioner(batch.captions, batch.latents.shape[2])
         x = self.self_rollout(batch.latents, text, rng)[0].x0

@@ -18,7 +18,7 @@ from aad1.core.chunks import ChunkGeometry, block_causal, parallel_chunks
 from aad1.core.flow import x0_from_velocity
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
-from aad1.stages.base import Batch, Conditioner, Loss
+from aad1.stages.base import Batch, Conditioner, Loss, Rng, integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class OdeInit:
     def trained(self) -> dict[str, list[nn.Parameter]]:
         return {"generator": list(self.generator.parameters())}
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         states = batch.trajectory
         if states is None or states.shape[1] != len(self.sigmas) + 1:
             got = None if states is None else states.shape[1]
@@ -71,11 +71,10 @@ class OdeInit:
             loss = self._diffusion_forcing(states, text, rng)
         return loss, {"loss": loss.detach()}
 
-    def _levels(self, b: int, frames: int, clean: bool, rng: torch.Generator) -> torch.Tensor:
+    def _levels(self, states: torch.Tensor, clean: bool, rng: Rng) -> torch.Tensor:
         """State index per frame [B, F], one per chunk; len(sigmas) is the clean end point."""
-        chunks = self.geometry.chunks(frames)
-        top = len(self.sigmas) + int(clean)
-        index = torch.randint(top, (b, chunks), generator=rng, device=rng.device)
+        chunks = self.geometry.chunks(states.shape[3])
+        index = integers(len(self.sigmas) + int(clean), (len(states), chunks), states, rng)
         index[:, 0] = len(self.sigmas)
         sizes = torch.tensor([self.geometry.size(i) for i in range(chunks)], device=index.device)
         return index.repeat_interleave(sizes, dim=1)
@@ -90,22 +89,21 @@ class OdeInit:
         return states.gather(1, gather)[:, 0], table[index]
 
     def _diffusion_forcing(
-        self, states: torch.Tensor, text: torch.Tensor, rng: torch.Generator
+        self, states: torch.Tensor, text: torch.Tensor, rng: Rng
     ) -> torch.Tensor:
         frames = states.shape[3]
-        index = self._levels(len(states), frames, True, rng)
+        index = self._levels(states, True, rng)
         x_t, sigma = self._select(states, index)
         plan = block_causal(self.geometry, frames)
         x0 = x0_from_velocity(x_t, self.generator(x_t, sigma, text, plan=plan), sigma)
         error = ((x0 - states[:, -1]) ** 2).mean(dim=(1, 3, 4))
         noisy = (sigma > 0).float()
-        return (error * noisy).sum() / noisy.sum().clamp_min(1)
+        # Per clip, then over clips: the same however a batch is split.
+        return ((error * noisy).sum(1) / noisy.sum(1).clamp_min(1)).mean()
 
-    def _teacher_forcing(
-        self, states: torch.Tensor, text: torch.Tensor, rng: torch.Generator
-    ) -> torch.Tensor:
+    def _teacher_forcing(self, states: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
         frames, first = states.shape[3], self.geometry.first
-        x_t, sigma = self._select(states, self._levels(len(states), frames, False, rng))
+        x_t, sigma = self._select(states, self._levels(states, False, rng))
         clean = states[:, -1]
         zero = torch.zeros(len(states), device=states.device)
         past = self.generator.keys_values(
@@ -116,5 +114,5 @@ class OdeInit:
         v = self.generator(x_t, sigma, text[:, first:], plan=plan, past=past)
         return ((x0_from_velocity(x_t, v, sigma) - clean[:, :, first:]) ** 2).mean()
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         raise NotImplementedError("stage I has no critic")

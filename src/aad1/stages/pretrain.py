@@ -15,7 +15,7 @@ from torch import nn
 
 from aad1.core.flow import add_noise, capped_weight, shift, velocity
 from aad1.models.dit import WanTransformer
-from aad1.stages.base import Batch, Conditioner, Logs, Loss, randn, uniform
+from aad1.stages.base import Batch, Conditioner, Logs, Loss, Rng, randn, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Pretrain:
     def trained(self) -> dict[str, list[nn.Parameter]]:
         return {"generator": [*self.teacher.parameters(), *self.encoder.parameters()]}
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         x0 = batch.latents
         b, frames = x0.shape[0], x0.shape[2]
         text = self.conditioner(batch.captions, frames)
@@ -63,9 +63,10 @@ class Pretrain:
         v = self.teacher(add_noise(x0, noise, sigma), sigma, text)
         error = ((v - velocity(x0, noise)) ** 2).mean(dim=(1, 3, 4))
         weight = capped_weight(sigma, self.config.max_weight) * (sigma > 0)
-        loss = (error * weight).sum() / (sigma > 0).sum()
+        # Per clip, then over clips: the same however a batch is split.
+        loss = ((error * weight).sum(1) / (sigma > 0).sum(1)).mean()
         logs: Logs = {"loss": loss.detach()}
         return loss, logs
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         raise NotImplementedError("stage 0 has no critic")

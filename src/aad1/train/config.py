@@ -180,6 +180,17 @@ class Experiment:
     checkpoint_blocks: bool = False
     """Keep only each block's input for the backward pass and run the block again there: memory of
     one block rather than all, for a third more work."""
+    mesh: str = ""
+    """How processes that torchrun started share the work, as in dp=4,cp=2 (groups that take
+    different clips; processes that share a clip); with replicas=2 states are sharded within each of
+    two halves. Empty: all dp. An update's batch is optim.batch x optim.accumulate clips on any."""
+    keep_gathered: bool = True
+    """Several processes: hold the generator's weights whole on each for the length of a step (4
+    bytes a weight) rather than gather them block by block for every pass of a rollout."""
+    max_skipped: int = 0
+    """Steps in a row that may be left out because a loss or gradient is not finite."""
+    accept_changes: bool = False
+    """Continue a run although its settings differ from those of the checkpoint."""
     log_every: int = 10
     sample_every: int = 0
     """Updates between sample sheets; 0: at the end only."""
@@ -191,7 +202,7 @@ class Experiment:
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "max_minutes"):
+        for name in ("sample_every", "max_minutes", "max_skipped"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         s = self.sigmas

@@ -88,6 +88,25 @@ class RunLog:
         self._file.close()
 
 
+class SilentLog(RunLog):
+    """For processes beside the first one: nothing is written, nothing shown."""
+
+    def __init__(self, folder: Path, title: str, total: int, done: int = 0) -> None:
+        self.title, self.total = title, total
+
+    def values(self, update: int, values: dict[str, float], kind: str = "train") -> None:
+        pass
+
+    def advance(self, update: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def _board(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

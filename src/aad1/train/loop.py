@@ -1,16 +1,26 @@
-"""The training loop: it knows updates, optimisers and averages, and no stage."""
+"""The training loop: it knows updates, optimisers and averages, and no stage.
+
+A run's numbers hang on the config alone, not on how many processes share the work. An update's
+global batch (optim.batch x optim.accumulate clips) is split over the data-parallel groups, and each
+group's part into micro-batches. Noise belongs to a sample: it is keyed by seed, role, update, step
+of the update and the sample's number in the global batch.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from aad1.stages.base import Logs, Stage
+from aad1.parallel.mesh import Processes, SharedError, share
+from aad1.parallel.shard import distribute, gathered, local, reduce_over_replicas, reshard, whole
+from aad1.stages.base import Logs, SampleNoise, Stage
+from aad1.train.adam import MomentlessAdamW
 from aad1.train.config import OptimConfig
 from aad1.train.muon import Muon
 from aad1.train.sources import Source, key
@@ -23,8 +33,10 @@ class NonFinite(RuntimeError):
 class Trainer:
     """Updates of one stage: critic steps, then one generator step, then the averages.
 
-    stage: the objective. modules: networks to checkpoint, by role. averaged: roles of which an
-    exponential moving average is kept (`ema`), which is what gets shipped.
+    stage: the objective. modules: networks to checkpoint, by role; they are shared out over the
+    processes here. averaged: roles of which an exponential moving average is kept (`ema`), which is
+    what gets shipped. max_skipped: steps in a row that may be left out because a number in them is
+    not finite. keep_gathered: hold the generator's weights whole for the length of a step.
     """
 
     def __init__(
@@ -39,15 +51,30 @@ class Trainer:
         device: torch.device,
         bf16: bool,
         critic_warmup: int = 0,
+        processes: Processes | None = None,
+        max_skipped: int = 0,
+        keep_gathered: bool = True,
     ) -> None:
         self.stage, self.source, self.config = stage, source, config
         self.modules, self.seed, self.device, self.bf16 = dict(modules), seed, device, bf16
-        self.critic_warmup = critic_warmup
+        self.critic_warmup, self.max_skipped = critic_warmup, max_skipped
+        self.processes = processes or Processes()
+        self.keep_gathered = keep_gathered
+        self.samples, self.micro = share(
+            config.batch * config.accumulate, config.batch, self.processes.shape.dp
+        )
+        """Clips of one update that this data-parallel group takes, and clips at a time."""
         self.ema = {name: copy.deepcopy(modules[name]).eval() for name in averaged}
         for module in self.ema.values():
             module.requires_grad_(False)
+        for module in (*self.modules.values(), *self.ema.values()):
+            distribute(module, self.processes)
         self.update = 0
+        self.turn = 0
+        """Steps of the running update that are done: critic steps, then the generator's."""
         self.position = 0
+        """Samples of the stream that are used up."""
+        self.skipped = self.skipped_in_a_row = 0
         self.spent = 0.0
         """Share of the run's time limit that has passed (0 without a limit)."""
         self.parameters = stage.trained()
@@ -55,31 +82,29 @@ class Trainer:
 
     def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
         c = self.config
-        fused = self.device.type == "cuda"
         groups: list[dict[str, Any]] = [{"params": self.parameters["generator"]}]
         out: dict[str, list[torch.optim.Optimizer]] = {"generator": []}
         if c.optimizer == "muon":
+            if self.processes.size > 1:
+                raise SharedError("optim.optimizer muon needs whole matrices: use one process")
             matrices, groups = _matrices(self.modules["generator"], self.parameters["generator"])
             out["generator"].append(Muon(matrices, lr=c.lr, weight_decay=c.weight_decay))
-        out["generator"].append(
-            torch.optim.AdamW(
-                groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay, fused=fused
-            )
-        )
+        out["generator"].append(self._adam(groups, c.lr, c.betas))
         if "critic" in self.parameters:
             groups = [{"params": self.parameters["critic"], "lr": c.critic_lr}]
             if "critic_heads" in self.parameters:
                 groups.append({"params": self.parameters["critic_heads"], "lr": c.heads_lr})
-            out["critic"] = [
-                torch.optim.AdamW(
-                    groups,
-                    lr=c.critic_lr,
-                    betas=c.critic_betas,
-                    weight_decay=c.weight_decay,
-                    fused=fused,
-                )
-            ]
+            out["critic"] = [self._adam(groups, c.critic_lr, c.critic_betas)]
         return out
+
+    def _adam(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]
+    ) -> torch.optim.Optimizer:
+        decay = self.config.weight_decay
+        if betas[0] == 0:
+            return MomentlessAdamW(groups, lr, betas[1], weight_decay=decay)
+        fused = self.device.type == "cuda"
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay, fused=fused)
 
     def rate(self) -> float:
         """Factor on the generator's learning rate at this update: ramp, then schedule."""
@@ -92,21 +117,34 @@ class Trainer:
         done = max(self.spent, (self.update - c.warmup) / max(1, c.updates - c.warmup))
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
 
-    def step(self) -> Logs:
+    def step(self, stop: Callable[[], bool] = lambda: False) -> Logs | None:
         """One update: critic steps, the generator step, the averages.
 
-        Returns the logs of the last critic step and of the generator step.
+        An update that was left in the middle is gone on with. stop is asked before each step; None
+        if it said yes, and `state` may be saved then. Returns the logs of the last critic step and
+        of the generator step.
         """
         logs: Logs = {}
         extra = self.critic_warmup if self.update == 0 else 0
-        for i in range(self.stage.critic_updates + extra):
-            logs |= self._optimise("critic", i)
+        critic_steps = self.stage.critic_updates + extra
+        while self.turn < critic_steps:
+            if stop():
+                return None
+            logs |= self._optimise("critic", self.turn)
+            self.turn += 1
+        if stop():
+            return None
         for optimizer in self.optimizers["generator"]:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * self.rate()
+        before = self.skipped
         logs |= self._optimise("generator", 0)
         self.update += 1
-        self._average()
+        self.turn = 0
+        if self.skipped == before:
+            self._average()
+        if self.skipped:
+            logs["skipped"] = torch.tensor(float(self.skipped))
         return logs
 
     def _optimise(self, role: str, index: int) -> Logs:
@@ -114,77 +152,173 @@ class Trainer:
         c = self.config
         for optimizer in self.optimizers[role]:
             optimizer.zero_grad(set_to_none=True)
-        with _grad_only_for(self.parameters, role):
-            total: Logs = {}
-            for micro in range(c.accumulate):
-                batch = self.source.batch(self.position, c.batch)
-                self.position += c.batch
-                rng = torch.Generator(device=self.device)
-                rng.manual_seed(key(self.seed, role, self.update, index, micro))
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    if role == "critic":
-                        loss, logs = self.stage.critic_loss(batch, rng)
-                    else:
-                        loss, logs = self.stage.generator_loss(batch, rng)
-                (loss / c.accumulate).backward()
-                for name, value in logs.items():
-                    total[name] = total.get(name, torch.zeros_like(value)) + value / c.accumulate
+        seen: list[Logs] = []
+        offset = self.processes.dp_rank * self.samples
+        start = self.position + offset
+        self.position += c.batch * c.accumulate
         owned = [p for name, ps in self.parameters.items() if name.startswith(role) for p in ps]
+        with ExitStack() as stack:
+            stack.enter_context(_grad_only_for(self.parameters, role))
+            if self.keep_gathered:
+                stack.enter_context(gathered(self.modules["generator"]))
+            for done in range(0, self.samples, self.micro):
+                last = done + self.micro == self.samples
+                reduce_over_replicas(self.modules.values(), last)
+                seen.append(self._micro(role, index, start + done, offset + done))
+        reshard(self.modules.values())
+        total = self._means(seen)
         limit = c.critic_clip if role == "critic" else c.clip
         norm = torch.nn.utils.get_total_norm([p.grad for p in owned if p.grad is not None])
-        self._check(role, total, norm)  # before clipping spreads one bad gradient to all
+        # Before clipping spreads one bad gradient to all.
+        if not self._finite(role, start, seen, total, whole(norm)):
+            for optimizer in self.optimizers[role]:
+                optimizer.zero_grad(set_to_none=True)
+            return {}
         torch.nn.utils.clip_grads_with_norm_(owned, limit, norm)
         for optimizer in self.optimizers[role]:
             optimizer.step()
-        total[f"{role}_norm"] = norm.detach()
+        total[f"{role}_norm"] = whole(norm).detach()
         return total
 
-    def _check(self, role: str, logs: Logs, norm: torch.Tensor) -> None:
-        values = torch.stack([*(v.float() for v in logs.values()), norm.float()])
+    def _micro(self, role: str, index: int, position: int, number: int) -> Logs:
+        """Gradients of one micro-batch: samples from `position` of the stream on, which are those
+        from `number` on in the global batch."""
+        batch = self.source.batch(position, self.micro)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16,
+            cache_enabled=self.processes.size == 1,  # a cast copy of all weights is not wanted
+        ):  # fmt: skip
+            rng = self._noise(role, index, number)
+            if role == "critic":
+                loss, logs = self.stage.critic_loss(batch, rng)
+            else:
+                loss, logs = self.stage.generator_loss(batch, rng)
+        (loss * (self.micro / self.samples)).backward()
+        return logs
+
+    def _noise(self, role: str, index: int, number: int) -> SampleNoise:
+        step = (self.seed, role, self.update, index)
+        seeds = [key(*step, n) for n in range(number, number + self.micro)]
+        return SampleNoise(seeds, shared=key(*step))
+
+    def _means(self, seen: list[Logs]) -> Logs:
+        """Logs over the micro-batches of all processes."""
+        names = list(seen[0])
+        mine = torch.stack([torch.stack([logs[n].float() for n in names]) for logs in seen])
+        return dict(zip(names, self.processes.mean(mine.mean(0)).unbind(), strict=True))
+
+    def _finite(
+        self, role: str, start: int, seen: list[Logs], total: Logs, norm: torch.Tensor
+    ) -> bool:
+        """Whether all is finite. If not, all processes know: they skip the step, or `NonFinite`."""
+        values = torch.stack([*(v.float() for v in total.values()), norm.float()])
         if bool(torch.isfinite(values).all()):
-            return
-        for name, value in logs.items():
-            if not bool(torch.isfinite(value)):
-                raise NonFinite(f"update {self.update}: {role} {name} is {float(value)}")
+            self.skipped_in_a_row = 0
+            return True
+        found = self.processes.gather(self._culprit(role, start, seen))
+        # A bad loss spreads to all gradients, so what it began with is told first.
+        told = [(not loss, rank, what) for rank, (loss, what) in enumerate(found) if what]
+        _, rank, what = min(told, default=(True, 0, f"the {role}'s gradient norm is {float(norm)}"))
+        where = f" in process {rank}" if self.processes.size > 1 else ""
+        message = f"update {self.update}: {what}{where}"
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.max_skipped:
+            if self.max_skipped:
+                message += f"; {self.skipped_in_a_row} steps in a row could not be taken"
+            raise NonFinite(message)
+        if self.processes.main:
+            print(f"skipped a step: {message}", flush=True)
+        return False
+
+    def _culprit(self, role: str, start: int, seen: list[Logs]) -> tuple[bool, str]:
+        """What is not finite in this process, or nothing; and whether it is a loss."""
+        for i, logs in enumerate(seen):
+            first = start + i * self.micro
+            for name, value in logs.items():
+                if not bool(torch.isfinite(value)):
+                    samples = f"samples {first} to {first + self.micro - 1}"
+                    return True, f"{role} {name} is {float(value)} ({samples})"
         for module_name, module in self.modules.items():
             for name, p in module.named_parameters():
-                if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                    raise NonFinite(
-                        f"update {self.update}: the gradient of {module_name}.{name} is not finite"
-                    )
-        raise NonFinite(f"update {self.update}: the {role}'s gradient norm is {float(norm)}")
+                if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all()):
+                    return False, f"the gradient of {module_name}.{name} is not finite"
+        return False, ""
 
     @torch.no_grad()
     def _average(self) -> None:
         for name, ema in self.ema.items():
-            average: list[torch.Tensor] = list(ema.parameters())
-            live: list[torch.Tensor] = list(self.modules[name].parameters())
+            average = [local(p) for p in ema.parameters()]
+            live = [local(p) for p in self.modules[name].parameters()]
             torch._foreach_lerp_(average, live, 1 - self.config.ema)
 
     # -- resuming -------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """All that a continued run needs."""
-        return {
-            "modules": {k: m.state_dict() for k, m in self.modules.items()},
-            "ema": {k: m.state_dict() for k, m in self.ema.items()},
-            "optimizers": {
-                k: [o.state_dict() for o in listed] for k, listed in self.optimizers.items()
-            },
-            "update": self.update,
-            "position": self.position,
-        }
+    def counters(self) -> dict[str, int]:
+        """Where the run stands, as plain numbers."""
+        return {name: getattr(self, name) for name in COUNTERS}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`."""
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        for name, module in self.ema.items():
-            module.load_state_dict(state["ema"][name])
-        for name, listed in self.optimizers.items():
-            for optimizer, saved in zip(listed, state["optimizers"][name], strict=True):
-                optimizer.load_state_dict(saved)
-        self.update, self.position = state["update"], state["position"]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights, averages and moments by name: the tensors themselves, sharded as they are.
+
+        With `counters` all that a continued run needs. To be called in all processes.
+        """
+        reshard((*self.modules.values(), *self.ema.values()))
+        out: dict[str, torch.Tensor] = {}
+        for kind, modules in (("model", self.modules), ("ema", self.ema)):
+            for role, module in modules.items():
+                for name, value in module.state_dict().items():
+                    out[f"{kind}.{role}.{name}"] = value.detach()
+        for prefix, optimizer, p in self._optimised():
+            for name, value in optimizer.state.get(p, {}).items():
+                out[f"{prefix}.{name}"] = value
+        return out
+
+    def _optimised(self) -> list[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        """Every trained parameter with its optimiser, and the name of the state it keeps there."""
+        names = {
+            id(p): f"{role}.{name}"
+            for role, module in self.modules.items()
+            for name, p in module.named_parameters()
+        }
+        return [
+            (f"optimizer.{role}.{i}.{names[id(p)]}", optimizer, p)
+            for role, listed in self.optimizers.items()
+            for i, optimizer in enumerate(listed)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+
+    def restore(
+        self,
+        counters: Mapping[str, int],
+        stored: Mapping[str, tuple[int, ...]],
+        load: Callable[[dict[str, torch.Tensor]], None],
+    ) -> None:
+        """Continue from `counters()` and `tensors()` of another run.
+
+        stored: shapes by name of what was saved; load fills tensors of these names in place.
+        """
+        for prefix, optimizer, p in self._optimised():
+            for name in STATES:
+                shape = stored.get(f"{prefix}.{name}")
+                if shape is None:
+                    continue
+                # A count of steps is a number, on the CPU unless the optimiser is fused.
+                count = torch.zeros((), device=self.device if self._fused(optimizer) else "cpu")
+                optimizer.state[p][name] = torch.zeros_like(p) if shape else count
+        load(self.tensors())
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
+
+    @staticmethod
+    def _fused(optimizer: torch.optim.Optimizer) -> bool:
+        return bool(optimizer.defaults.get("fused"))
+
+
+COUNTERS = ("update", "turn", "position", "skipped", "skipped_in_a_row")
+STATES = ("step", "exp_avg", "exp_avg_sq", "square", "momentum_buffer")
+"""What the optimisers keep of a parameter."""
 
 
 class _grad_only_for:

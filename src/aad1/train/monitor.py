@@ -16,6 +16,7 @@ from torch import nn
 
 from aad1.evaluate.motion import motion
 from aad1.evaluate.report import evaluate_videos, measure_real
+from aad1.parallel.mesh import Processes, split_evenly
 from aad1.pipeline import Pipeline
 from aad1.train.config import MonitorConfig
 from aad1.train.sources import World
@@ -88,18 +89,26 @@ class Validation:
             self.statistics = measure_real(self.video, stride=FLOW_STRIDE)
 
     @torch.no_grad()
-    def rollouts(self, pipeline: Pipeline) -> torch.Tensor:
-        """Latents [N, C, F, h, w] from the real clips' first frames, as long as those."""
+    def rollouts(self, pipeline: Pipeline, processes: Processes | None = None) -> torch.Tensor:
+        """Latents [N, C, F, h, w] from the real clips' first frames, as long as those.
+
+        Data-parallel groups make a part each; all get all.
+        """
+        processes = processes or Processes()
         geometry = pipeline.info.geometry
         latents = self.batch.latents
         chunks = geometry.chunks(latents.shape[2]) - 1
         made = []
-        for index in torch.arange(len(latents)).split(self.together):
+        own = split_evenly(len(latents), processes.shape.dp, processes.dp_rank)
+        for index in torch.tensor(own).split(self.together):
             numbers = index.tolist()
             captions = [self.batch.captions[i] for i in numbers]
             first = latents[numbers][:, :, : geometry.first]
             made.append(pipeline.generate_latents(first, captions, numbers, chunks))
-        return torch.cat(made)
+        if processes.size == 1:
+            return torch.cat(made)
+        by_rank = processes.gather(torch.cat(made).cpu())[:: processes.shape.cp]
+        return torch.cat(by_rank)[: len(latents)].to(latents.device)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, F, h, w] -> uint8 [N, T, H, W, 3]."""

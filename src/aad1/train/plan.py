@@ -1,10 +1,10 @@
 """`aad1 train PRESET --dry-run`: what a run of Wan takes, worked out without weights or data.
 
 Parameters are counted on networks without storage (torch's meta device). States - weights,
-gradients, AdamW's two moments (it keeps the first one even with beta1 = 0), averages - are what the
-trainer keeps. On one GPU that is all there is; for several the plan assumes that states are sharded
-over all of them, and the activations of a clip over a context-parallel group of at most 8, as many
-as divide the GPUs and every network's heads. Training on several GPUs itself is not there yet.
+gradients, Adam's moments (one where beta1 is 0, else two), averages - are what the trainer keeps.
+On one GPU that is all there is. On several they are sharded over all of them, or over one of the
+replicas of `--mesh`, and the activations of a clip over a context-parallel group: `--mesh`'s cp, or
+else as many GPUs as divide all of them and every network's heads, at most 8.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from aad1.models.checkpoints import find_parts, wan_config
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.weights import read_json, read_transformer_config
+from aad1.parallel.mesh import MeshShape, check_heads, share
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.ode_init import OdeInitConfig
@@ -79,8 +80,9 @@ class Plan:
     """What a run takes, in all; divide as `Cluster` says for one GPU.
 
     activations: bytes by phase of an update, of one micro-batch; only the largest counts.
-    copies: bytes of weights in the precision of the arithmetic, on each GPU.
-    work: operations of one update. context: GPUs that share a clip.
+    copies: bytes of weights beside the masters, on each GPU.
+    work: operations of one update. context: GPUs that share a clip; shards: over which states are
+    sharded.
     """
 
     roles: tuple[Role, ...]
@@ -89,6 +91,7 @@ class Plan:
     work: float
     warmup_work: float
     context: int
+    shards: int
     clip: Clip
     teacher: WanConfig
 
@@ -109,7 +112,14 @@ def plan(e: Experiment, cluster: Cluster) -> Plan:
     heads = {student.num_attention_heads}
     if not isinstance(e.stage, OdeInitConfig):
         heads.add(teacher.num_attention_heads)
-    copies = _copies(trained, student, teacher, bf16, cluster)
+    copies = _copies(e, trained, student, teacher, bf16, cluster)
+    shape = MeshShape.parse(e.mesh, cluster.gpus) if e.mesh else None
+    if shape is not None:
+        named = {"generator": student.num_attention_heads}
+        if not isinstance(e.stage, OdeInitConfig):
+            named["teacher"] = teacher.num_attention_heads
+        check_heads(shape.cp, named)
+        share(e.optim.batch * e.optim.accumulate, e.optim.batch, shape.dp)
     generator, critic = _work(e, student, teacher, clip)
     micro = e.optim.batch * e.optim.accumulate
     updates = getattr(e.stage, "critic_updates", 0)
@@ -119,14 +129,16 @@ def plan(e: Experiment, cluster: Cluster) -> Plan:
         copies=copies,
         work=micro * (generator + updates * critic),
         warmup_work=micro * getattr(e.stage, "critic_warmup", 0) * critic,
-        context=max(
-            c
-            for c in range(1, MOST_CONTEXT + 1)
-            if cluster.gpus % c == 0 and all(h % c == 0 for h in heads)
-        ),
+        context=shape.cp if shape else _context(cluster.gpus, heads),
+        shards=cluster.gpus // (shape.replicas if shape else 1),
         clip=clip,
         teacher=teacher,
     )
+
+
+def _context(gpus: int, heads: set[int]) -> int:
+    fit = [c for c in range(1, MOST_CONTEXT + 1) if gpus % c == 0 and not any(h % c for h in heads)]
+    return max(fit)
 
 
 def _clip(e: Experiment, data: WanData) -> Clip:
@@ -151,8 +163,10 @@ def _count(parameters: list[nn.Parameter]) -> int:
 
 def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) -> tuple[Role, ...]:
     def trained(name: str, total: int, used: int, average: bool = False) -> Role:
+        betas = e.optim.betas if name == "generator" else e.optim.critic_betas
         return Role(
-            name=name, parameters=total, weights=4 * total, gradients=4 * used, adam=8 * used,
+            name=name, parameters=total, weights=4 * total, gradients=4 * used,
+            adam=(8 if betas[0] else 4) * used,
             average=4 * total * average,
         )  # fmt: skip
 
@@ -183,10 +197,19 @@ def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) ->
 
 
 def _copies(
-    trained: list[Role], student: WanConfig, teacher: WanConfig, bf16: bool, cluster: Cluster
+    e: Experiment,
+    trained: list[Role],
+    student: WanConfig,
+    teacher: WanConfig,
+    bf16: bool,
+    cluster: Cluster,
 ) -> int:
-    """Weights in the arithmetic's precision: autocast keeps a copy of the network in training;
-    sharded, two blocks are gathered at a time and what is outside the blocks."""
+    """Weights beside the masters.
+
+    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two float32 blocks
+    and what is outside the blocks are gathered at a time, and all of the generator where it is kept
+    gathered.
+    """
     if cluster.gpus == 1:
         return 2 * max(r.parameters for r in trained) if bf16 else 0
     with torch.device("meta"):
@@ -195,7 +218,7 @@ def _copies(
             one = WanTransformer(replace(config, num_layers=1))
             block = _count(list(one.blocks.parameters()))
             most = max(most, _count(list(one.parameters())) + block)
-    return (2 if bf16 else 4) * most
+    return 4 * most + (4 * trained[0].parameters if e.keep_gathered else 0)
 
 
 def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> tuple[float, float]:
@@ -284,18 +307,17 @@ def describe(e: Experiment, cluster: Cluster) -> str:
         f"{e.optim.batch * e.optim.accumulate} as {e.optim.batch} x {e.optim.accumulate}"
     )
     lines.append(
-        f"GPUs: {gpus} of {cluster.gib:g} GiB; states sharded over {gpus}, a clip over {context}"
+        f"GPUs: {gpus} of {cluster.gib:g} GiB; states sharded over {p.shards}, a clip over "
+        f"{context}"
     )
-    if gpus > 1:
-        lines.append("(training runs on one GPU today; for several this is the plan)")
     head = ("GiB per GPU", "parameters", "weights", "gradients", "Adam", "average", "total")
     lines += ["", _row(*head)]
     for role in p.roles:
         figures = (role.weights, role.gradients, role.adam, role.average, role.total)
-        cells = [f"{x / gpus / GIB:.2f}" for x in figures]
+        cells = [f"{x / p.shards / GIB:.2f}" for x in figures]
         lines.append(_row(role.name, f"{role.parameters / 1e9:.3f} G", *cells))
     worst = max(p.activations, key=lambda name: p.activations[name])
-    states = sum(role.total for role in p.roles) / gpus
+    states = sum(role.total for role in p.roles) / p.shards
     lines.append(_row("copies of weights", *[""] * 5, f"{p.copies / GIB:.2f}"))
     for name, size in p.activations.items():
         mark = " (largest)" if name == worst else ""

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
 from aad1.models.checkpoints import load_wan_transformer
 from aad1.models.discriminator import Discriminator
-from aad1.models.dit import Block, WanTransformer
+from aad1.models.dit import WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
+from aad1.parallel import mesh
+from aad1.parallel.shard import collect, distribute
 from aad1.pipeline import ModelInfo, Pipeline, pick_device, weights_hash
 from aad1.rollout.graph import GraphedRollout
 from aad1.rollout.stream import Rollout, RolloutFn
@@ -30,8 +31,10 @@ from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
 from aad1.train import checkpoint
+from aad1.train.blocks import checkpoint_blocks, compile_blocks
 from aad1.train.config import Experiment, WanData
-from aad1.train.log import RunLog
+from aad1.train.guard import StopFlag, Stopped, changes, only_run
+from aad1.train.log import RunLog, SilentLog
 from aad1.train.loop import Trainer
 from aad1.train.monitor import CollapseMonitor, Validation
 from aad1.train.record import to_plain, write_record
@@ -52,7 +55,14 @@ class Run:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = e = experiment
-        self.device = pick_device(e.device)
+        self.device = mesh.local_device(pick_device(e.device).type)
+        self.processes = mesh.start(e.mesh, self.device)
+        self.stop = StopFlag()
+        with self.processes.together():
+            self._build()
+
+    def _build(self) -> None:
+        e = self.experiment
         if e.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision must be auto, fp32 or bf16, got {e.precision!r}")
         self.bf16 = e.precision == "bf16" or (e.precision == "auto" and self.device.type == "cuda")
@@ -67,6 +77,7 @@ class Run:
         self.parent: ModelInfo | None = None
         if isinstance(e.data, WanData):
             self._from_wan(e.data)
+            self._check_mesh()
             return
         self.world = open_world(e.data, e.seed, self.device)
         if self.stage_name == "teacher":
@@ -74,8 +85,19 @@ class Run:
         else:
             self._from_parent()
         self.conditioner = Conditioner(self.text, e.geometry)
+        self._check_mesh()
 
     # -- building -------------------------------------------------------------------------
+
+    def _check_mesh(self) -> None:
+        """UserError if clips or batches cannot be shared out as the mesh says."""
+        e, shape = self.experiment, self.processes.shape
+        mesh.share(e.optim.batch * e.optim.accumulate, e.optim.batch, shape.dp)
+        _, p, q = self.generator.config.patch_size
+        height, width = (side // self.world.codec.spatial_stride for side in self.world.size)
+        tokens = height // p * (width // q)
+        if tokens % shape.cp:
+            raise UserError(f"cp={shape.cp} does not divide the {tokens} tokens of a latent frame")
 
     def _fresh(self) -> None:
         e = self.experiment
@@ -150,12 +172,13 @@ class Run:
             return stage, source, modules
         rollout = Rollout(self.generator, e.geometry, e.sigmas)
         run: RolloutFn = roll_out
-        if self.device.type == "cuda" and not self.world.large:
+        if self.device.type == "cuda" and not self.world.large and self.processes.size == 1:
             run = GraphedRollout(roll_out)
         if isinstance(config, DmdConfig):
             real = self._teacher_network(trained=False)
             fake = self._teacher_network(trained=True)
             modules["fake_score"] = fake
+            distribute(real, self.processes)
             return DmdWarmup(rollout, real, fake, self.conditioner, config, run), source, modules
         if e.discriminator.causal:
             backbone = copy.deepcopy(self.generator).requires_grad_(True)
@@ -171,39 +194,53 @@ class Run:
         if isinstance(self.world, WanWorld):
             return self.world.trajectories(e.sigmas)
         assert self.teacher is not None
+        if not self.processes.main:
+            self.processes.barrier()  # the first one samples them, the others read
         states, captions = trajectories(
             self.teacher, self.conditioner, self.world.train(), e.sigmas, e.trajectories,
             self.folder.parent / "trajectories", log, bf16=self.bf16,
         )  # fmt: skip
+        if self.processes.main:
+            self.processes.barrier()
         return ShardSource(states, captions, e.seed, self.device, trajectory=True)
 
     # -- training -------------------------------------------------------------------------
 
     def train(self) -> Path:
-        """Train to the end (continuing an interrupted run) and write the final model."""
-        e = self.experiment
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Train to the end (continuing an interrupted run) and write the final model.
+
+        Stopped if a signal ended the run early, after a checkpoint.
+        """
+        e, main = self.experiment, self.processes.main
         if e.compile:
-            _compile_blocks()
-        with RunLog(self.folder, e.name, e.optim.updates) as log:
-            return self._train(log)
+            compile_blocks()
+        with ExitStack() as stack:
+            with self.processes.together():
+                if main:
+                    stack.enter_context(only_run(self.folder))
+            stack.enter_context(self.stop.listening())
+            kind = RunLog if main else SilentLog
+            return self._train(stack.enter_context(kind(self.folder, e.name, e.optim.updates)))
 
     def _train(self, log: RunLog) -> Path:
-        e = self.experiment
+        e, main = self.experiment, self.processes.main
         final = self.folder / "final"
         stage, source, modules = self._stage(log)
+        with self.processes.together():
+            mesh.check_heads(self.processes.shape.cp, _heads(modules))
         averaged = tuple(n for n in ("generator", "text") if n in modules)
         trainer = Trainer(
             stage, source, modules, averaged, e.optim, seed=e.seed, device=self.device,
-            bf16=self.bf16,
-            critic_warmup=getattr(e.stage, "critic_warmup", 0),
+            bf16=self.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
+            processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():
                 checkpoint_blocks(module)
         monitor = CollapseMonitor(e.monitor)
         before = self._resume(trainer, monitor, log)
-        write_record(e, self.folder / "config.yaml")
+        if main:
+            write_record(e, self.folder / "config.yaml")
         if self._ended and final.is_dir():
             log.say(
                 f"{e.name} has ended ({self._ended}); model in {final}. To train on, remove "
@@ -216,22 +253,23 @@ class Run:
         sums = _Means()
         while trainer.update < e.optim.updates:
             if e.max_minutes:
-                trainer.spent = (time.monotonic() - began) / (60 * e.max_minutes)
-            sums.add(trainer.step())
+                spent = (time.monotonic() - began) / (60 * e.max_minutes)
+                trainer.spent = float(self.processes.mean(torch.tensor(spent)))
+            logs = trainer.step(stop=self._asked_to_stop)
+            if logs is None:
+                self._checkpoint(trainer, monitor, time.monotonic() - began)
+                name = next(filter(None, self.processes.gather(self.stop.name)), "a signal")
+                raise Stopped(
+                    f"{e.name} stopped by {name} at update {trainer.update}, checkpoint written; "
+                    "the same command goes on"
+                )
+            sums.add(logs)
             update = trainer.update
             log.advance(update)
             if update % e.log_every == 0 or update == e.optim.updates:
                 log.values(update, sums.take())
             if self._watched and (update % e.monitor.every == 0 or update == 1):
-                latents = self._rollouts(validation, self.pipeline(trainer))
-                values = validation.measure(validation.decode(latents))
-                if isinstance(stage, Adversarial):
-                    real = validation.batch
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                        gap = stage.heldout_gap(
-                            real.latents, latents, real.captions, validation.together
-                        )
-                    values["heldout_gap"] = float(gap)
+                values = self._check(stage, validation, trainer)
                 monitor.check(update, values["M"], trainer.ema["generator"])
                 log.values(update, values, "monitor")
                 if monitor.collapsed:
@@ -251,14 +289,50 @@ class Run:
             trainer.ema["generator"].load_state_dict(monitor.kept["weights"])
             trainer.update = monitor.kept["update"]  # the model says how long it was trained
             reason += f", weights of update {trainer.update} (M {monitor.best:.2f}) kept"
+        elif monitor.collapsed:
+            last = monitor.history[-1][1]
+            reason += f"; its motion has COLLAPSED (M {last:.2f}, best {monitor.best:.2f})"
         made = self._sheet(validation, trainer, trainer.update)
-        log.values(trainer.update, validation.measure(made), "final")
+        if main:
+            log.values(trainer.update, validation.measure(made), "final")
+        self._write(trainer, final)
+        log.say(f"{e.name} ended at {reason}; model in {final}")
+        return final
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal came, to any process."""
+        return self.processes.any(bool(self.stop.name))
+
+    def _check(self, stage: Stage, validation: Validation, trainer: Trainer) -> dict[str, float]:
+        """The collapse monitor's figures; the same in all processes."""
+        latents = self._rollouts(validation, self.pipeline(trainer))
+        values: dict[str, float] = {}
+        if self.processes.main:
+            values = validation.measure(validation.decode(latents))
+        if isinstance(stage, Adversarial):
+            real = validation.batch
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                gap = stage.heldout_gap(real.latents, latents, real.captions, validation.together)
+            values["heldout_gap"] = float(gap)
+        found: dict[str, float] = self.processes.gather(values)[0]
+        return found
+
+    def _write(self, trainer: Trainer, final: Path) -> None:
+        """The model that the run was for, written by the first process."""
         pipe = self.pipeline(trainer)
+        if self.processes.size > 1:
+            weights = [collect(trainer.ema[n], self.processes) for n in trainer.ema]
+            if not self.processes.main:
+                return
+            for name, tensors in zip(trainer.ema, weights, strict=True):
+                if name == "text":
+                    assert isinstance(pipe.text, WordEncoder)
+                    pipe.text = _filled(WordEncoder, pipe.text.config, tensors)
+                else:
+                    pipe.transformer = _filled(WanTransformer, pipe.transformer.config, tensors)
         pipe.info = replace(pipe.info, sha256=weights_hash(pipe.transformer))
         with replace_folder(final) as temporary:
             pipe.save_pretrained(temporary)
-        log.say(f"{e.name} ended at {reason}; model in {final}")
-        return final
 
     @property
     def _watched(self) -> bool:
@@ -268,12 +342,11 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run continues."""
         plain = to_plain(self.experiment)
-        keep = ("stage", "data", "model", "geometry", "sigmas", "discriminator", "seed")
         return {
             "kind": self.stage_name,
             "parent": self.parent.sha256 if self.parent else "",
             "teacher": self.teacher_info.sha256 if self.teacher_info else "",
-            **{k: plain[k] for k in keep},
+            "model": plain["model"],
         }
 
     @property
@@ -286,15 +359,20 @@ class Run:
         found = checkpoint.steps(self.folder)
         if not found:
             return 0.0
-        state, meta = checkpoint.load(found[-1])
-        for name, value in self._identity().items():
-            if meta.get(name) != value:
-                raise UserError(
-                    f"{found[-1]} was made with {name} {meta.get(name)!r}, now it is {value!r}; "
-                    f"remove {self.folder} or choose another --name"
-                )
-        trainer.restore(state["trainer"])
-        monitor.restore(state["monitor"])
+        with self.processes.together():
+            meta = checkpoint.read_meta(found[-1])
+            self._same_run(found[-1], meta)
+        stored = checkpoint.shapes(found[-1])
+        kept = {n: torch.zeros_like(w) for n, w in trainer.ema["generator"].state_dict().items()
+                if f"kept.{n}" in stored}  # fmt: skip
+        extra = {f"kept.{n}": w for n, w in kept.items()}
+        trainer.restore(
+            meta["counters"], stored,
+            lambda tensors: checkpoint.load(found[-1], tensors | extra, self.processes),
+        )  # fmt: skip
+        monitor.restore(meta["monitor"])
+        if kept:
+            monitor.kept = {"update": meta["kept_update"], "weights": kept}
         # With other limits than before the run is meant to go on.
         if meta["ended"] and meta["limits"] == self._limits:
             self._ended = str(meta["ended"])
@@ -302,18 +380,44 @@ class Run:
             log.say(f"continuing from {found[-1]}")
         return float(meta["seconds"])
 
+    def _same_run(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        """UserError if a checkpoint is another run's, or its settings changed without a flag."""
+        for name, value in self._identity().items():
+            if meta.get(name) != value:
+                raise UserError(
+                    f"{folder} was made with {name} {meta.get(name)!r}, now it is {value!r}; "
+                    f"remove {self.folder} or choose another --name"
+                )
+        changed = changes(meta["config"], to_plain(self.experiment))
+        if changed and not self.experiment.accept_changes:
+            raise UserError(
+                f"{folder} was made with other settings ({'; '.join(changed)}); give "
+                "--accept-changes to go on with the new ones"
+            )
+
     def _checkpoint(
         self, trainer: Trainer, monitor: CollapseMonitor, seconds: float, ended: str = ""
     ) -> None:
+        tensors, kept = trainer.tensors(), monitor.kept
+        if kept:
+            tensors |= {f"kept.{n}": w for n, w in kept["weights"].items()}
         meta = {
             **self._identity(),
+            "update": trainer.update,
+            "counters": trainer.counters(),
+            "monitor": {k: v for k, v in monitor.state().items() if k != "kept"},
+            "kept_update": kept["update"] if kept else None,
+            "config": to_plain(self.experiment),
             "ended": ended,
             "limits": self._limits,
             "seconds": round(seconds, 2),
-            "hash": weights_hash(trainer.modules["generator"]),
+            "processes": self.processes.size,
+            "torch": torch.__version__,
         }
-        state = {"trainer": trainer.state(), "monitor": monitor.state()}
-        checkpoint.save(self.folder, trainer.update, state, meta)
+        if self.processes.size == 1:
+            meta["hash"] = weights_hash(trainer.modules["generator"])
+        folder = checkpoint.step_folder(self.folder, trainer.update, trainer.turn)
+        checkpoint.save(folder, tensors, meta, self.processes)
 
     # -- what comes out -------------------------------------------------------------------
 
@@ -336,7 +440,7 @@ class Run:
         """Latents of what the model makes of the held-out first frames (or of none)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.stage_name != "teacher":
-                return validation.rollouts(pipeline)
+                return validation.rollouts(pipeline, self.processes)
             latents = validation.batch.latents
             rng = torch.Generator(device=self.device).manual_seed(0)
             noise = torch.randn(latents.shape, generator=rng, device=self.device)
@@ -352,10 +456,14 @@ class Run:
             return x0
 
     def _sheet(self, validation: Validation, trainer: Trainer, update: int) -> torch.Tensor:
-        """Write real clips above generated ones, for the eye; returns the generated ones."""
+        """Write real clips above generated ones, for the eye; returns the generated ones, to the
+        first process (which alone decodes them)."""
         from aad1.media import contact_sheet
 
-        made = validation.decode(self._rollouts(validation, self.pipeline(trainer)))
+        made = self._rollouts(validation, self.pipeline(trainer))
+        if not self.processes.main:
+            return made
+        made = validation.decode(made)
         rows: list[Any] = []
         captions: list[str] = []
         for i in range(min(6, len(made))):
@@ -366,36 +474,6 @@ class Run:
         with replace_file(path) as temporary:
             contact_sheet(rows, captions).save(temporary)
         return made
-
-
-def checkpoint_blocks(module: nn.Module) -> None:
-    """Have the transformer blocks inside run again in the backward pass (see the config's field).
-
-    What a block is given, cached K and V included, is never written to, so the second run is the
-    same. Call it last: a deep copy of the module would still run the first one's blocks.
-    """
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.forward = _Checkpointed(block)  # type: ignore[method-assign, assignment]
-
-
-class _Checkpointed:
-    def __init__(self, block: Block) -> None:
-        self.block = block
-
-    def __call__(self, *args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return Block.forward(self.block, *args)
-        return activation_checkpoint(
-            Block.forward, self.block, *args, use_reentrant=False, preserve_rng_state=False
-        )
-
-
-@lru_cache(maxsize=1)
-def _compile_blocks() -> None:
-    """Compile the transformer block for this process, once for all networks that use it."""
-    torch._dynamo.config.recompile_limit = 64
-    Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
 
 
 class _Means:
@@ -413,6 +491,24 @@ class _Means:
         out = {name: float(total) / count for name, (total, count) in self._sums.items()}
         self._sums = {}
         return out
+
+
+def _heads(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Attention heads by role (a real score has those of the fake one)."""
+    return {
+        role: part.config.num_attention_heads
+        for role, module in modules.items()
+        for part in module.modules()
+        if isinstance(part, WanTransformer)
+    }
+
+
+def _filled(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A network of this class with these weights."""
+    with torch.device("meta"):
+        network = kind(config)
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def _facts(info: ModelInfo | None) -> dict[str, Any] | None:

@@ -19,8 +19,8 @@ from aad1.models.dit import WanConfig, WanTransformer
 from aad1.rollout.stream import Rollout
 from aad1.stages.base import roll_out
 from aad1.train import costs
+from aad1.train.blocks import checkpoint_blocks
 from aad1.train.costs import Clip
-from aad1.train.run import checkpoint_blocks
 
 GEOMETRY = ChunkGeometry(chunk=2, sink=1, window=5)
 CONFIG = WanConfig(

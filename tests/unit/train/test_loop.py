@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from aad1.stages.base import Batch, Logs, Loss
+from aad1.stages.base import Batch, Logs, Loss, Rng, SampleNoise, randn
 from aad1.train import checkpoint
 from aad1.train.config import OptimConfig
 from aad1.train.loop import NonFinite, Trainer
@@ -56,30 +57,33 @@ class Linear:
             roles["critic_heads"] = list(self.heads.parameters())
         return roles
 
-    def _loss(self, batch: Batch, rng: torch.Generator, role: str) -> Loss:
+    def _loss(self, batch: Batch, rng: Rng, role: str) -> Loss:
         self.calls.append(role)
         self.gradients.append(self.net.weight.requires_grad)
         x = batch.latents
         if self.noisy:
-            x = x + torch.randn(x.shape, generator=rng)
+            x = x + randn(x.shape, x, rng)
         h = self.net(x)
         judged = self.critic(h) + self.heads(h) if self.critic_updates else h
         loss = self.scale * (judged**2).mean() * self.hook(len(self.calls))
         logs: Logs = {"loss": loss.detach()}
         return loss, logs
 
-    def generator_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         return self._loss(batch, rng, "generator")
 
-    def critic_loss(self, batch: Batch, rng: torch.Generator) -> Loss:
+    def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         return self._loss(batch, rng, "critic")
 
 
-def trainer(stage: Linear, critic_warmup: int = 0, **optim: object) -> Trainer:
+def trainer(
+    stage: Linear, critic_warmup: int = 0, max_skipped: int = 0, **optim: object
+) -> Trainer:
     config = OptimConfig(**(dict(updates=100, batch=4, lr=0.01) | optim))  # type: ignore[arg-type]
     return Trainer(
         stage, Numbers(), stage.modules(), ("generator",), config,
         seed=0, device=torch.device("cpu"), bf16=False, critic_warmup=critic_warmup,
+        max_skipped=max_skipped,
     )  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def test_accumulating_4_by_8_gives_the_gradient_of_a_batch_of_32() -> None:
     for batch, accumulate in ((32, 1), (8, 4)):
         stage = Linear()
         run = trainer(stage, batch=batch, accumulate=accumulate, clip=1e9)
-        logs.append(float(run.step()["loss"]))
+        logs.append(float((run.step() or {})["loss"]))
         grads.append([p.grad.clone() for p in stage.net.parameters() if p.grad is not None])
         assert run.position == 32
     assert len(grads[0]) == 2
@@ -123,7 +127,7 @@ def test_gradients_are_clipped_once_per_update_after_accumulation(
 ) -> None:
     stage = Linear(scale=1000.0)
     calls = count_clips(monkeypatch)
-    logs = trainer(stage, accumulate=4, clip=0.5).step()
+    logs = trainer(stage, accumulate=4, clip=0.5).step() or {}
     assert calls == [(2, 0.5)]
     norm = math.sqrt(sum(float((p.grad**2).sum()) for p in stage.net.parameters()
                          if p.grad is not None))  # fmt: skip
@@ -189,7 +193,7 @@ def test_roles_have_learning_rates_of_their_own() -> None:
                   critic_betas=(0.0, 0.9))  # fmt: skip
     groups = run.optimizers["critic"][0].param_groups
     assert [g["lr"] for g in groups] == [0.02, 0.03]
-    assert [g["betas"] for g in groups] == [(0.0, 0.9)] * 2
+    assert [g["beta"] for g in groups] == [0.9] * 2
     assert [g["lr"] for g in run.optimizers["generator"][0].param_groups] == [0.01]
 
 
@@ -242,62 +246,103 @@ def test_the_learning_rate_ramps_up_and_falls_as_a_cosine() -> None:
     assert constant.rate() == 1.0
 
 
-@pytest.mark.parametrize("critic_updates", [0, 2])
-def test_a_resumed_run_equals_a_straight_one_bit_for_bit(
-    critic_updates: int, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize("critic_updates,stops", [(0, range(1, 5)), (2, range(1, 15))])
+def test_a_run_resumed_at_any_step_equals_a_straight_one_bit_for_bit(
+    critic_updates: int, stops: range, tmp_path: Path
 ) -> None:
-    folder = tmp_path_factory.mktemp("run")
-    optim = dict(warmup=4, schedule="cosine", ema=0.9)
+    """Stopped before each step of the first updates in turn: critic, critic, generator, ..."""
+    optim = dict(warmup=4, schedule="cosine", ema=0.9, accumulate=2)
 
     def fresh() -> tuple[Linear, Trainer]:
         stage = Linear(critic_updates)
         stage.noisy = True
         return stage, Trainer(
             stage, Numbers(), stage.modules(), ("generator",),
-            OptimConfig(updates=10, batch=4, lr=0.01, accumulate=2, **optim),  # type: ignore[arg-type]
+            OptimConfig(updates=10, batch=4, lr=0.01, critic_betas=(0.5, 0.9), **optim),  # type: ignore[arg-type]
             seed=5, device=torch.device("cpu"), bf16=False,
             critic_warmup=3 if critic_updates else 0,
         )  # fmt: skip
 
     straight, run = fresh()
-    for _ in range(7):
+    for _ in range(5):
         run.step()
 
-    first, part = fresh()
-    for _ in range(3):
-        part.step()
-    checkpoint.save(folder, part.update, part.state(), {"stage": "x"})
-    del first, part
-    torch.manual_seed(99)  # nothing may hang on the global generator
-    second, rest = fresh()
-    with torch.no_grad():
-        for module in second.modules().values():
-            for p in module.parameters():
-                p.zero_()
-    state, _ = checkpoint.load(checkpoint.steps(folder)[-1])
-    rest.restore(state)
-    for _ in range(4):
-        rest.step()
+    turns = set()
+    for stop in stops:
+        _, part = fresh()
+        asked = iter([False] * stop + [True])
+        while part.step(lambda asked=asked: next(asked)) is not None:  # type: ignore[misc]
+            pass
+        turns.add((part.update, part.turn))
+        folder = checkpoint.step_folder(tmp_path, part.update, part.turn)
+        checkpoint.save(folder, part.tensors(), {"counters": part.counters()})
+        assert checkpoint.steps(tmp_path) == [folder]
+        torch.manual_seed(99)  # nothing may hang on the global generator
+        second, rest = fresh()
+        with torch.no_grad():
+            for module in second.modules().values():
+                for p in module.parameters():
+                    p.zero_()
+        meta = checkpoint.read_meta(folder)
+        rest.restore(
+            meta["counters"], checkpoint.shapes(folder),
+            lambda tensors, folder=folder: checkpoint.load(folder, tensors),
+        )  # fmt: skip
+        while rest.update < 5:
+            rest.step()
+        assert rest.counters() == run.counters()
+        assert equal(weights(second), weights(straight))
+        ema = [list(r.ema["generator"].parameters()) for r in (run, rest)]
+        assert equal(list(ema[0]), list(ema[1]))
+    assert len(turns) == len(stops)
 
-    assert rest.update == run.update == 7
-    assert rest.position == run.position
-    assert equal(weights(second), weights(straight))
-    ema = [list(r.ema["generator"].parameters()) for r in (run, rest)]
-    assert equal(list(ema[0]), list(ema[1]))
 
-
-def test_a_stages_noise_depends_on_update_role_and_micro_batch() -> None:
-    stage = Linear(critic_updates=2)
-    seen: list[int] = []
+def seeds_of(stage: Linear, run: Trainer, updates: int) -> list[list[int]]:
+    """Seeds of the samples of each micro-batch, and the shared one last."""
+    seen: list[list[int]] = []
     plain = stage._loss
 
-    def spying(batch: Batch, rng: torch.Generator, role: str) -> Loss:
-        seen.append(rng.initial_seed())
+    def spying(batch: Batch, rng: Rng, role: str) -> Loss:
+        assert isinstance(rng, SampleNoise)
+        seen.append([g.initial_seed() for g in (*rng.samples, rng.shared)])
         return plain(batch, rng, role)
 
     stage._loss = spying  # type: ignore[method-assign]
-    run = trainer(stage, accumulate=2)
+    for _ in range(updates):
+        run.step()
+    return seen
+
+
+def test_noise_hangs_on_update_role_step_and_sample_but_not_on_the_split() -> None:
+    stage = Linear(critic_updates=2)
+    whole = seeds_of(stage, trainer(stage), 2)
+    assert len(whole) == 6
+    assert len({seed for micro in whole for seed in micro}) == 6 * 5
+    stage = Linear(critic_updates=2)
+    split = seeds_of(stage, trainer(stage, batch=1, accumulate=4), 2)
+    assert len(split) == 24
+    joined = [
+        [*[micro[0] for micro in split[4 * i : 4 * i + 4]], split[4 * i][1]] for i in range(6)
+    ]
+    assert joined == whole
+
+
+def test_a_step_that_is_not_finite_may_be_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Linear()
+    stage.hook = lambda call: math.nan if call in (2, 3, 5, 6, 7) else 1.0
+    run = trainer(stage, max_skipped=2)
     run.step()
-    run.step()
-    assert len(seen) == 12
-    assert len(set(seen)) == 12
+    before, average = weights(stage), run.ema["generator"].weight.clone()  # type: ignore[operator]
+    for _ in range(2):
+        assert "loss" not in (run.step() or {})
+    assert equal(weights(stage), before)
+    assert torch.equal(run.ema["generator"].weight, average)  # type: ignore[arg-type]
+    assert (run.update, run.position, run.skipped) == (3, 12, 2)
+    assert "skipped a step: update 1: generator loss is nan (samples 4 to 7)" in (
+        capsys.readouterr().out
+    )
+    assert float((run.step() or {})["skipped"]) == 2  # a good one ends the row
+    assert run.skipped_in_a_row == 0
+    with pytest.raises(NonFinite, match="update 6: .* nan .*; 3 steps in a row"):
+        for _ in range(3):
+            run.step()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aad1 import cli
+from aad1.errors import UserError
 from aad1.models.weights import write_json
 from aad1.presets import preset
 from aad1.presets.wan import LARGE
@@ -42,8 +43,10 @@ def test_figures_of_the_plan() -> None:
     whole = plan(preset("wan14b-aad"), Cluster())
     generator, critic, _ = whole.roles
     assert generator.parameters / 1e9 == pytest.approx(14.29, abs=0.01)
-    assert generator.total / generator.parameters == 20  # fp32 weights, gradients, two moments, EMA
-    assert critic.total / critic.parameters == pytest.approx(16, abs=0.01)
+    assert generator.total / generator.parameters == 16  # fp32 weights, gradients, a moment, EMA
+    assert critic.total / critic.parameters == pytest.approx(12, abs=0.01)
+    first = plan(preset("wan14b-ode"), Cluster()).roles[0]
+    assert first.adam == 8 * first.parameters  # beta1 is not 0 in stage I
     small = plan(preset("wan1.3b-dmd"), Cluster())
     assert small.roles[0].parameters / 1e9 == pytest.approx(1.419, abs=0.001)
     assert small.roles[1].weights == 2 * small.roles[1].parameters
@@ -59,6 +62,16 @@ def test_figures_of_the_plan() -> None:
     assert plan(preset("wan14b-aad"), Cluster(gpus=64)).context == 8
     assert plan(preset("wan1.3b-aad"), Cluster(gpus=64)).context == 4  # 12 heads
     assert plan(preset("wan1.3b-aad"), Cluster(gpus=6)).context == 6
+    mesh = plan(replace(preset("wan14b-aad"), mesh="cp=4,replicas=2"), Cluster(gpus=64))
+    assert (mesh.context, mesh.shards) == (4, 32)
+    with pytest.raises(UserError, match="cp=8 must divide the heads .*: 1, 2, 3, 4, 6, 12"):
+        plan(replace(preset("wan1.3b-aad"), mesh="cp=8"), Cluster(gpus=64))
+    # Two blocks, what is outside them, and all of the generator if it is kept gathered.
+    apart, kept = (
+        plan(replace(preset("wan1.3b-aad"), keep_gathered=k), Cluster(gpus=8))
+        for k in (False, True)
+    )
+    assert kept.copies - apart.copies == 4 * kept.roles[0].parameters
     # An ODE update: one block-causal forward of 64 clips, two more for its backward, one again.
     ode = plan(preset("wan1.3b-ode"), Cluster())
     pairs = (1 + 4 * 5 + 4 * 4 * 9) * 1560**2

@@ -173,9 +173,9 @@ def test_a_checkpoint_of_another_parent_is_refused(chain: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"step-000003 was made with parent"):
         Run(replace(e, init=final(chain, "teacher"))).train()
     # ... and a truncated one by its name
-    (state,) = tmp_path.glob("*/checkpoints/*/state.pt")
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step-000003.state\.pt is truncated"):
+    (shard,) = tmp_path.glob("*/checkpoints/*/weights/*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"step-000003.weights.__0_0\.distcp is truncated: 1000 b"):
         Run(e).train()
 
 
@@ -185,7 +185,7 @@ def scripted_motion(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     values = iter([0.9, 0.95, 0.5, 0.4, 0.3, 0.2, 0.1])
     hashes: list[str] = []
 
-    def rollouts(self: Validation, pipeline: Pipeline) -> torch.Tensor:
+    def rollouts(self: Validation, pipeline: Pipeline, processes: object) -> torch.Tensor:
         hashes.append(weights_hash(pipeline.transformer))
         return self.batch.latents
 
@@ -217,7 +217,9 @@ def test_without_early_stop_the_run_goes_on_and_says_so(
     facts = json.loads((folder / INDEX).read_text())
     assert facts["updates"] == 6
     assert facts["sha256"] == scripted_motion[5]
-    assert "motion collapse" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "motion collapse" in said
+    assert "its motion has COLLAPSED (M 0.20, best 0.95)" in said.splitlines()[-1]
 
 
 def test_a_time_limit_leaves_a_checkpoint_to_go_on_from(chain: Path, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Sharded states (FSDP2) of finished networks: weights, gradients and moments over all processes.
+
+Each block is gathered when it runs and let go after. Weights are sharded and gathered in the
+precision they have (float32 masters; bfloat16 for frozen networks that were cast), and computed
+with under autocast as in one process: so modulation and norms stay in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from aad1.models.discriminator import QueryHead
+from aad1.models.dit import Block, WanTransformer
+from aad1.parallel.context import share_context
+from aad1.parallel.mesh import Processes
+
+
+def distribute(module: nn.Module, processes: Processes) -> None:
+    """Share a network out over the processes, in place; nothing happens for one process, or for a
+    network that is shared out already.
+
+    Copies must have been made before, optimisers must be made after.
+    """
+    if processes.mesh is None or isinstance(module, FSDPModule):
+        return
+    if processes.context is not None:
+        share_context(module, processes.context)
+    # It warns of K and V, which are views: nothing here writes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for part in list(module.modules()):
+        if isinstance(part, Block | QueryHead) and part is not module:
+            fully_shard(part, mesh=processes.mesh)
+    fully_shard(module, mesh=processes.mesh)
+    if isinstance(module, WanTransformer):
+        for name in ("keys_values", "features"):
+            register_fsdp_forward_method(module, name)
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let go of gathered weights. Needed before weights are read or written: what a forward pass
+    without autograd leaves gathered is a copy."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within, the network stays gathered once it has run, for many passes with the same weights."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.set_reshard_after_forward(False)
+    module.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        module.set_reshard_after_forward(True)
+        module.set_reshard_after_backward(True)
+        reshard([module])
+
+
+def reduce_over_replicas(modules: Iterable[nn.Module], now: bool) -> None:
+    """With replicas (HSDP): whether the next backward pass ends the update, so that gradients are
+    summed over replicas once an update rather than once a micro-batch."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor (not a copy), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together, in every process; the tensor itself if it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(module: nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
+    """All weights by name, on the CPU, in the first process; nothing in the others."""
+    reshard([module])
+    found = {}
+    for name, value in module.state_dict().items():
+        put_together = whole(value.detach())  # all take part, one tensor at a time
+        if processes.main:
+            found[name] = put_together.cpu()
+    return found

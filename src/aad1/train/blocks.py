@@ -1,0 +1,42 @@
+"""Transformer blocks run otherwise than they are written: again in the backward pass, compiled."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+
+from aad1.models.dit import Block
+
+
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Have the transformer blocks inside run again in the backward pass (see the config's field).
+
+    What a block is given, cached K and V included, is never written to, so the second run is the
+    same. Call it last: a deep copy of the module would still run the first one's blocks.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.forward = _Checkpointed(block)  # type: ignore[method-assign, assignment]
+
+
+class _Checkpointed:
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return Block.forward(self.block, *args)
+        return activation_checkpoint(
+            Block.forward, self.block, *args, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+@lru_cache(maxsize=1)
+def compile_blocks() -> None:
+    """Compile the transformer block for this process, once for all networks that use it."""
+    torch._dynamo.config.recompile_limit = 64
+    Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]

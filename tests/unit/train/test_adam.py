@@ -1,0 +1,45 @@
+"""The optimiser without a first moment against torch's AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from aad1.train import adam
+from aad1.train.adam import MomentlessAdamW
+
+
+def pair(seed: int = 0) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    torch.manual_seed(seed)
+    values = [torch.randn(5, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    return tuple([nn.Parameter(v.clone()) for v in values] for _ in range(2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("at_once", [2**26, 1])
+def test_it_is_adamw_with_beta1_zero(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam, "AT_ONCE", at_once)
+    mine, theirs = pair()
+    ours = MomentlessAdamW(
+        [{"params": mine[:1]}, {"params": mine[1:], "lr": 0.03}], 0.01, 0.9, weight_decay=0.1
+    )
+    reference = torch.optim.AdamW(
+        [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.03}], 0.01, (0.0, 0.9),
+        weight_decay=0.1,
+    )  # fmt: skip
+    for step in range(5):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            a.grad = torch.randn_like(a) if i == 0 or step != 2 else None  # one is left out once
+            b.grad = None if a.grad is None else a.grad.clone()
+        ours.step()
+        reference.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
+
+
+def test_it_keeps_one_number_a_weight() -> None:
+    (p, _), _ = pair()
+    optimizer = MomentlessAdamW([p], 0.01)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert sum(v.numel() for v in optimizer.state[p].values()) == p.numel() + 1
