@@ -240,8 +240,9 @@ def test_two_hundred_connections_leave_nothing_behind(make_app: Make, serve: Ser
     for k in range(200):
         cycle(k)
     assert until(lambda: not app.state.hub.sessions)
-    assert until(lambda: left()[0] <= objects)
-    assert until(lambda: left()[1] <= files + 2)
+    # The last sessions may still be held by a frame on some stack; a leak would leave 400.
+    assert until(lambda: left()[0] <= objects + 8)
+    assert until(lambda: left()[1] <= files + 4)
     assert len(list(app.state.hub.recordings.glob("*.mp4"))) <= app.state.hub.limits.recordings
     assert until(lambda: not [t for t in threading.enumerate() if "_write" in t.name])
 
