@@ -142,6 +142,7 @@ def compute(dimension, json_dir, device, submodules, **kwargs):
                 "pythonpath": os.environ.get("PYTHONPATH"), "argv0": sys.argv[0]}
         file.write(json.dumps(told) + "\\n")
     if dimension in behaviour["crash"]:
+        print("printed before the error")
         raise RuntimeError("out of memory, says the stand-in")
     if dimension in behaviour["die"]:
         os.abort()

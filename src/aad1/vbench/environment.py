@@ -72,6 +72,7 @@ class Environment:
             "VBENCH_CACHE_DIR": str(self.places.cache),
             "TORCH_HOME": str(self.places.hub.parent),
             "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",  # the log's last line is then the error, not a late print
         }
 
 
