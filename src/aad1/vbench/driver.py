@@ -103,7 +103,7 @@ class Driver:
             self.say(f"{what}: not computed, {error}")
             return str(error)
         save_result(path, Result(score, values, made_with, told["versions"]))
-        self.say(f"{what}: {100 * score:.2f}")
+        self.say(f"{DRIFT}: scored" if what == DRIFT else f"{what}: {100 * score:.2f}")
         return ""
 
     def _result(self, what: str) -> Path:
