@@ -284,8 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if kind in cli_data.KINDS:
             cli_data.run(kind, args[2:])
             return 0
-        if args[0] == "vbench":
-            cli_vbench.main(args[1:])
+        if args[0] == "vbench" or args[:2] == ["evaluate", "vbench"]:
+            cli_vbench.main(args[1 + (args[0] == "evaluate") :])
             return 0
         command: Any = tyro.cli(
             Command, args=args, prog="aad1", description="One-step streaming video from one image."

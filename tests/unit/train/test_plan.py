@@ -67,10 +67,8 @@ def test_figures_of_the_plan() -> None:
     with pytest.raises(UserError, match="cp=8 must divide the heads .*: 1, 2, 3, 4, 6, 12"):
         plan(replace(preset("wan1.3b-aad"), mesh="cp=8"), Cluster(gpus=64))
     # Two blocks, what is outside them, and all of the generator if it is kept gathered.
-    apart, kept = (
-        plan(replace(preset("wan1.3b-aad"), keep_gathered=k), Cluster(gpus=8))
-        for k in (False, True)
-    )
+    aad, eight = preset("wan1.3b-aad"), Cluster(gpus=8)
+    apart, kept = (plan(replace(aad, keep_gathered=k), eight) for k in (False, True))
     assert kept.copies - apart.copies == 4 * kept.roles[0].parameters
     # An ODE update: one block-causal forward of 64 clips, two more for its backward, one again.
     ode = plan(preset("wan1.3b-ode"), Cluster())

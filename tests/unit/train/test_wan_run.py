@@ -319,7 +319,8 @@ def measured(trainer: Trainer, frozen: int) -> dict[str, int]:
         for listed in trainer.optimizers.values()
         for optimizer in listed
         for s in optimizer.state.values()
-        for name in ("exp_avg", "exp_avg_sq")
+        for name in s
+        if name != "step"
     ]
     average = [p for module in trainer.ema.values() for p in module.parameters()]
     return {
@@ -343,8 +344,8 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
     held: dict[str, int] = {}
     step = Trainer.step
 
-    def watched(self: Trainer) -> Any:
-        logs = step(self)
+    def watched(self: Trainer, stop: Any) -> Any:
+        logs = step(self, stop)
         stage_object: Any = self.stage
         frozen = getattr(stage_object, "real_score", None)
         held.update(measured(self, sum(p.nbytes for p in frozen.parameters()) if frozen else 0))
