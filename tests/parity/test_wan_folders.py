@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from aad1 import cli
-from aad1 import pipeline as pipeline_module
 from aad1.convert import convert
 from aad1.errors import UserError
+from aad1.fast.handover import Handover
 from aad1.media import read_video
 from aad1.models.umt5 import Umt5Encoder
 from aad1.pipeline import Pipeline
@@ -325,7 +325,7 @@ def test_ctrl_c_finishes_an_endless_video(
 ) -> None:
     """The chunk in hand is finished and the file is whole; the handler is put back."""
     out = tmp_path / "out.mp4"
-    decode, calls = pipeline_module.Stream._decode, []
+    wait, calls = Handover.wait, []
 
     def interrupted(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -333,9 +333,9 @@ def test_ctrl_c_finishes_an_endless_video(
             assert not out.exists()  # under its name only when complete
             assert list(tmp_path.glob(".out.mp4.*"))
             signal.raise_signal(signal.SIGINT)
-        return decode(self, *args)
+        return wait(self, *args)
 
-    monkeypatch.setattr(pipeline_module.Stream, "_decode", interrupted)
+    monkeypatch.setattr(Handover, "wait", interrupted)
     before = signal.getsignal(signal.SIGINT)
     flags = dict(recipe="one-forcing-frame", size="32x32", endless=True)
     assert run(*command(wan_folder, out, **flags)) == 0
@@ -353,7 +353,7 @@ def test_ctrl_c_twice_drops_the_video(
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(pipeline_module.Stream, "_decode", interrupted)
+    monkeypatch.setattr(Handover, "wait", interrupted)
     flags = dict(recipe="one-forcing-frame", size="32x32", endless=True)
     assert run(*command(wan_folder, tmp_path / "out.mp4", **flags)) == 130
     assert list(tmp_path.iterdir()) == []

@@ -267,7 +267,7 @@ def test_train_lists_presets(capsys: Capture) -> None:
 
 def test_an_unknown_preset_suggests_the_nearest(capsys: Capture) -> None:
     assert "did you mean 'sprites-tiny-dmd'" in refused(capsys, "train", "sprites-tiny-dmdd")
-    assert "nothing.yaml cannot be read" in refused(capsys, "train", "nothing.yaml")
+    assert "nothing.yaml does not exist" in refused(capsys, "train", "nothing.yaml")
 
 
 @pytest.mark.parametrize(
