@@ -114,9 +114,9 @@ class Run:
     def _from_parent(self) -> None:
         e = self.experiment
         folder = self._teacher_folder()
-        self.teacher = Pipeline.from_pretrained(folder, device=self.device)
+        self.teacher = Pipeline.from_pretrained(folder, device=self.device, fast=False)
         self.teacher_info = _teacher_only(self.teacher.info, folder)
-        start = Pipeline.from_pretrained(e.init or folder, device=self.device)
+        start = Pipeline.from_pretrained(e.init or folder, device=self.device, fast=False)
         assert isinstance(self.teacher.text, WordEncoder)  # the small worlds have no other
         self.parent = start.info
         self.generator, self.text = start.transformer, self.teacher.text
