@@ -6,6 +6,7 @@ K/V cache that every pass writes rotated keys into, noise levels looked up in a 
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -235,6 +236,11 @@ def test_streaming_equals_the_published_loop(
     want = published(weights, stream, blocks, step_list)
     assert 0.3 < float(want.std()) < 100
     torch.testing.assert_close(got, want, atol=1e-4 * float(want.std()), rtol=1e-4)
+    fast = pipe.fast_rollout(stream.rollout)  # what users stream on
+    assert fast is not None
+    text = pipe.encode_prompt(PROMPT)
+    same = torch.cat(list(fast.stream(None, lambda i: text, stream.noise(), blocks)), 2)
+    torch.testing.assert_close(same, want, atol=1e-4 * float(want.std()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +315,33 @@ def test_a_new_prompt_holds_from_the_next_chunk_on(wan_folder: Path) -> None:
     assert torch.equal(next(steered), first)
     steered.prompt = "two red dogs"
     assert not torch.equal(next(steered), next(plain))
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python knows."""
+    while gc.collect():  # what one round frees may be what held the rest
+        pass
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors if not t.is_meta}.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("recipe,full", [("self-forcing", 8), ("one-forcing-frame", 24)])
+def test_an_endless_stream_takes_the_same_memory(
+    wan_folder: Path, recipe: str, full: int, fast: bool
+) -> None:
+    """After `full` chunks, which fill the window, to the byte; a list of frames would show."""
+    pipe = Pipeline.from_pretrained(wan_folder, recipe=recipe, steps=1, fast=fast)
+    stream = pipe.stream(None, PROMPT, size=(32, 32))
+    for _ in range(full):
+        frames = next(stream)
+    before = live_bytes()
+    for _ in range(4):
+        frames = next(stream)
+        assert live_bytes() == before
+    kept = [frames, next(stream)]
+    assert live_bytes() == before + kept[0].nbytes  # the measure sees one chunk of frames
 
 
 def test_an_endless_rollout_builds_nothing_new(wan_folder: Path) -> None:
