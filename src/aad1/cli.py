@@ -16,7 +16,8 @@ from aad1 import __version__, cli_data, cli_vbench
 from aad1.bench.config import BenchConfig
 from aad1.errors import UserError
 from aad1.evaluation.command import Evaluate, evaluate
-from aad1.generate import Generate, generate, pair_loras
+from aad1.flags import pair_loras
+from aad1.generate import Generate, generate
 from aad1.serve.command import Serve, serve
 
 if TYPE_CHECKING:

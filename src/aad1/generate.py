@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aad1.errors import UserError
+from aad1.flags import pair_loras, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ class Generate:
     weights: str = ""
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     lora: tuple[Path, ...] = ()
-    """LoRA files to merge into Wan's transformer, in this order."""
+    """LoRA files to merge into the transformer, in this order."""
     lora_scale: tuple[float, ...] = ()
     """One scale per LoRA; 1 by default."""
     out: Path = Path("out.mp4")
@@ -141,25 +142,6 @@ def _speed_up(pipe: Pipeline, args: Generate) -> None:
     config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
     if not (args.plain or args.offload) and pipe.device.type in ("cuda", "cpu"):
         pipe.speed_up(config)
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "1280x720" -> (1280, 720); UserError for anything else."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise UserError(f"--size must be WIDTHxHEIGHT such as 832x480, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def pair_loras(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
-    """Each LoRA with its scale, 1 if none are given; UserError unless there are as many."""
-    if scales and len(scales) != len(files):
-        raise UserError(
-            f"--lora-scale must have one number per LoRA ({len(files)}), got {len(scales)}"
-        )
-    return list(zip(files, scales or [1.0] * len(files), strict=True))
 
 
 def _stream(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> None:
