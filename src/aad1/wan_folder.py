@@ -74,7 +74,7 @@ def is_wan(path: Path) -> bool:
         return str(read_json(path / INDEX).get("_class_name", "")).startswith("Wan")
     if (path / "codec").is_dir():
         return False  # one of ours that lost its index
-    suffixes = (*SAFETENSORS, *PICKLES)
+    suffixes = (*SAFETENSORS, *PICKLES, ".distcp")  # the last to be refused by name
     return any(p.suffix in suffixes for p in [*path.glob("*"), *path.glob("*/*")])
 
 
