@@ -18,6 +18,18 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
+def check_size(size: tuple[int, int], units: tuple[int, int]) -> None:
+    """UserError that names the nearest sizes unless (width, height) are multiples of `units`."""
+    width, height = size
+    for name, value, unit in (("width", width, units[0]), ("height", height, units[1])):
+        if value < unit or value % unit:
+            low = max(unit, value // unit * unit)
+            near = f"{low} or {low + unit}" if value > unit else f"{unit}"
+            raise UserError(
+                f"size {width}x{height}: {name} {value} is not divisible by {unit} (nearest {near})"
+            )
+
+
 def pair_loras(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
     """Each LoRA with its scale, 1 if none are given; UserError unless there are as many."""
     if scales and len(scales) != len(files):

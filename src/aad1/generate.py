@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aad1.errors import UserError
-from aad1.flags import pair_loras, parse_size
+from aad1.flags import check_size, pair_loras, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,9 @@ def generate(args: Generate) -> None:
     """Write the video and print the speed. UserError before anything is written."""
     import torch
 
-    from aad1.media import check_video_path
+    from aad1.media import check_video_path, read_image
     from aad1.pipeline import Pipeline, find_model, pick_device, read_info
-    from aad1.wan_folder import WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, is_wan
 
     if args.chunks < 1:
         raise UserError(f"--chunks must be at least 1, got {args.chunks}")
@@ -111,6 +111,11 @@ def generate(args: Generate) -> None:
     folder = find_model(args.model)
     wan = is_wan(folder)
     info = None if wan else read_info(folder)
+    # What is wrong is told now, not when 14 billion weights have been read.
+    if wan and size is not None:
+        check_size(size, (UNIT, UNIT))
+    if args.image is not None:
+        read_image(args.image, width=UNIT, height=UNIT)
     teacher = args.recipe in (None, "teacher") if info is None else info.stage == "teacher"
     device = pick_device(args.device)
     dtype = torch.float32

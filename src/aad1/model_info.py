@@ -61,7 +61,7 @@ def read_info(folder: Path) -> ModelInfo:
     if not (folder / INDEX).exists():
         hint = ""
         if (folder / "final" / INDEX).exists():
-            hint = f"; {folder} is a run, and its model is {folder / 'final'}"
+            hint = f"; it is a run, whose model is {folder / 'final'}"
         raise UserError(f"{folder} is not a model: it has no {INDEX}{hint}")
     raw = read_json(folder / INDEX)
     if raw.pop("format", None) != FORMAT:

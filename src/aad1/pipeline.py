@@ -26,6 +26,7 @@ import torch
 from aad1.errors import UserError
 from aad1.fast.config import FastConfig, default_config
 from aad1.fast.rollout import FastRollout, admits
+from aad1.flags import check_size
 from aad1.media import ImageLike, read_image
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models.causal_codec import CausalCodec
@@ -261,18 +262,11 @@ class Pipeline:
 
     def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, the model's own if None; UserError if it cannot be."""
-        width, height = size or (self.info.width, self.info.height)
-        patch = self.transformer.config.patch_size
-        for name, value, side in (("width", width, patch[2]), ("height", height, patch[1])):
-            unit = self.codec.spatial_stride * side
-            if value < unit or value % unit:
-                low = max(unit, value // unit * unit)
-                near = f"{low} or {low + unit}" if value > unit else f"{unit}"
-                raise UserError(
-                    f"size {width}x{height}: {name} {value} is not divisible by {unit} "
-                    f"(nearest {near})"
-                )
-        return width, height
+        chosen = size or (self.info.width, self.info.height)
+        _, rows, columns = self.transformer.config.patch_size
+        stride = self.codec.spatial_stride
+        check_size(chosen, (stride * columns, stride * rows))
+        return chosen
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, size: tuple[int, int] | None = None) -> torch.Tensor:

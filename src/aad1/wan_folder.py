@@ -24,6 +24,8 @@ from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.models.weights import read_json
 from aad1.rollout.teacher import Sampling
 
+UNIT = 16
+"""Sizes are multiples of it: 8 pixels a latent, 2 latents a patch."""
 STEP_SHIFT = 5.0
 FEW_STEPS = (1, 2, 4)
 WORLD = "wan"

@@ -228,6 +228,23 @@ def test_usual_sizes_are_accepted(wan_folder: Path, size: tuple[int, int]) -> No
     assert abs(int(y0 + y1) - size[1] + 1) <= 2 and abs(int(x0 + x1) - size[0] + 1) <= 2
 
 
+def test_what_is_wrong_is_told_before_the_weights_are_read(
+    wan_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("aad1.pipeline.load_wan", never)
+    for flags, message in (
+        (dict(size="832x488"), "height 488 is not divisible by 16 (nearest 480 or 496)"),
+        (dict(image=tmp_path / "gone.png"), "gone.png"),
+    ):
+        assert run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", **flags)) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="weights were read"):
+        run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", size="832x480"))
+
+
 @pytest.mark.parametrize("size", [(850, 480), (832, 481), (0, 480), (832, -16)])
 def test_other_sizes_are_refused(wan_folder: Path, size: tuple[int, int]) -> None:
     pipe = Pipeline.from_pretrained(wan_folder, recipe="aad1")

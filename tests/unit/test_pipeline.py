@@ -286,7 +286,7 @@ def test_nan_weights_are_refused(folder: Path) -> None:
         name = max(tensors)
         tensors[name].view(-1)[0] = float("nan")
         save_file(tensors, path)
-        with pytest.raises(UserError, match=f"is damaged: {name} of its tensors") as error:
+        with pytest.raises(UserError, match=f"is damaged: {name} holds NaN") as error:
             Pipeline.from_pretrained(folder)
         first_line(error)
         path.write_bytes(kept)
@@ -311,7 +311,7 @@ def test_a_runs_folder_points_to_its_model(folder: Path, tmp_path: Path) -> None
     run = tmp_path / "run"
     run.mkdir()
     folder.rename(run / "final")
-    with pytest.raises(UserError, match=f"its model is {run / 'final'}") as error:
+    with pytest.raises(UserError, match=f"whose model is {run / 'final'}") as error:
         Pipeline.from_pretrained(run)
     first_line(error)
 

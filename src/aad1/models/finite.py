@@ -35,10 +35,8 @@ def check_finite(
     suspects = [name for name, value in totals.items() if not bool(value.isfinite())]
     bad = [name for name in suspects if not finite(tensors[name])]
     if bad:
-        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(
-            f"{source} is damaged: {bad[0]}{others} of its tensors hold NaN or infinity"
-        )
+        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(f"{source} is damaged: {bad[0]}{others} holds NaN or infinity")
 
 
 def finite(values: torch.Tensor) -> bool:
