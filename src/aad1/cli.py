@@ -117,7 +117,8 @@ class Convert:
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     recipe: str | None = None
     """--to pipeline: teacher (what is assumed), or how a generator is rolled out: aad1,
-    self-forcing, one-forcing, one-forcing-frame. A pipeline folder as SRC says it itself."""
+    self-forcing, causvid, longlive, one-forcing, one-forcing-frame. A pipeline folder as SRC says
+    it itself."""
     shard_gb: float = 5.0
     """Folders: files above this size (10^9 bytes) are split."""
 

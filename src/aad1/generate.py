@@ -38,8 +38,8 @@ class Generate:
     base: str | None = None
     """Wan 2.1's folder, for the parts that a generator by itself lacks."""
     recipe: str | None = None
-    """How a generator made elsewhere is rolled out: aad1, self-forcing, one-forcing,
-    one-forcing-frame; or teacher."""
+    """How a generator made elsewhere is rolled out: aad1, self-forcing, causvid, longlive,
+    one-forcing, one-forcing-frame; or teacher."""
     weights: str = ""
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     lora: tuple[Path, ...] = ()
