@@ -306,6 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported yet
+            raise
+        less = "; a smaller --size takes less, or --offload" if args[0] == "generate" else ""
+        said = ". ".join(str(error).splitlines()[0].split(". ")[:2]).rstrip(".")
+        print(f"aad1: {said}{less}", file=sys.stderr)
+        return 1
     return 0
 
 
