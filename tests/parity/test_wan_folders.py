@@ -377,6 +377,8 @@ def test_serve_takes_the_same_weights(wan_folder: Path, tmp_path: Path) -> None:
     made = model.generate(model.begin(None, 3), model.encode("a cat")).frames
     assert made.shape == want.shape
     assert int(np.abs(made.astype(int) - want.numpy().astype(int)).max()) <= 1
+    with pytest.raises(UserError, match="height 50 is not divisible by 16 .nearest 48 or 64"):
+        _app(Serve(model=str(wan_folder), recipe="one-forcing", size="32x50"))
     with pytest.raises(UserError, match="one number per LoRA"):
         _app(Serve(lora=(lora,), lora_scale=(1.0, 2.0)))
 

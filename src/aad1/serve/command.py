@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aad1.errors import UserError
-from aad1.flags import pair_loras, parse_size
+from aad1.flags import check_size, pair_loras, parse_size
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -112,7 +112,7 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     from aad1.serve.live import packer
     from aad1.serve.model import PipelineModel
     from aad1.serve.server import create_app
-    from aad1.wan_folder import WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, is_wan
 
     limits = Limits(
         sessions=args.max_sessions, image_bytes=round(args.max_image_mb * 1e6),
@@ -123,6 +123,8 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
         raise UserError(f"--threads must be at least 0, got {args.threads}")
     loras, size = pair_loras(args.lora, args.lora_scale), parse_size(args.size)
     folder = find_model(args.model)
+    if size is not None and is_wan(folder):
+        check_size(size, (UNIT, UNIT))  # now, not when all weights have been read
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
