@@ -21,7 +21,7 @@ from torch import nn
 from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.models.dit import WanConfig, WanTransformer
-from aad1.models.finite import check_finite, total
+from aad1.models.finite import check_finite, finite, total
 from aad1.models.tensor_files import Source, Spec, TensorFile, open_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -184,8 +184,11 @@ class InMemory:
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.tensors if names is None else names:
-            value = self.tensors[name]
-            yield name, value.detach().to("cpu", self._dtype(value))
+            value = self.tensors[name].detach().cpu()
+            cast = value.to(self._dtype(value))
+            if cast is not value and not finite(cast) and finite(value):
+                raise UserError(f"{name} has numbers that {cast.dtype} cannot hold")
+            yield name, cast
 
 
 def write_shards(folder: Path, stem: str, tensors: LazyTensors, limit: int = SHARD_BYTES) -> None:
