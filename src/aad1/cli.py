@@ -16,7 +16,8 @@ from aad1 import __version__, cli_data, cli_vbench
 from aad1.bench.config import BenchConfig
 from aad1.errors import UserError
 from aad1.evaluation.command import Evaluate, evaluate
-from aad1.generate import Generate, generate, pair_loras
+from aad1.flags import pair_loras
+from aad1.generate import Generate, generate
 from aad1.serve.command import Serve, serve
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Convert:
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     recipe: str | None = None
     """--to pipeline: teacher (what is assumed), or how a generator is rolled out: aad1,
-    self-forcing, one-forcing, one-forcing-frame. A pipeline folder as SRC says it itself."""
+    self-forcing, causvid, longlive, one-forcing, one-forcing-frame. A pipeline folder as SRC says
+    it itself."""
     shard_gb: float = 5.0
     """Folders: files above this size (10^9 bytes) are split."""
 
@@ -304,6 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be imported yet
+            raise
+        less = "; a smaller --size takes less, or --offload" if args[0] == "generate" else ""
+        said = ". ".join(str(error).splitlines()[0].split(". ")[:2]).rstrip(".")
+        print(f"aad1: {said}{less}", file=sys.stderr)
+        return 1
     return 0
 
 

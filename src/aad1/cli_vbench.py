@@ -308,7 +308,7 @@ def _pipeline(args: Videos) -> Pipeline:
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    from aad1.generate import parse_size
+    from aad1.flags import parse_size
 
     return parse_size(text)
 

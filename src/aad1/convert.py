@@ -29,6 +29,7 @@ from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, wri
 from aad1.models import wan_keys
 from aad1.models.checkpoints import Parts, find_parts, umt5_json, vae_json, wan_config
 from aad1.models.dit import WanConfig
+from aad1.models.finite import finite
 from aad1.models.lora import merger
 from aad1.models.tensor_files import CONFIG_KEY, Source, Spec
 from aad1.models.weights import (
@@ -74,7 +75,14 @@ class Renamed:
         for old, tensor in self.source.read(new_names):
             spec = self._spec(Spec(tuple(tensor.shape), tensor.dtype))
             value = self.change(old, tensor) if self.change else tensor
-            yield new_names[old], value.to(spec.dtype, copy=True)
+            cast = value.to(spec.dtype, copy=True)
+            if not finite(cast):
+                where = f"{self.source.where}: {old}"
+                if finite(value):
+                    most = torch.finfo(spec.dtype).max
+                    raise UserError(f"{where} has numbers above {most:g}: no {spec.dtype} holds it")
+                raise UserError(f"{where} holds NaN or infinity: the file is damaged")
+            yield new_names[old], cast
 
 
 def convert(

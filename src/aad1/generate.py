@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aad1.errors import UserError
+from aad1.flags import check_size, pair_loras, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +38,12 @@ class Generate:
     base: str | None = None
     """Wan 2.1's folder, for the parts that a generator by itself lacks."""
     recipe: str | None = None
-    """How a generator made elsewhere is rolled out: aad1, self-forcing, one-forcing,
-    one-forcing-frame; or teacher."""
+    """How a generator made elsewhere is rolled out: aad1, self-forcing, causvid, longlive,
+    one-forcing, one-forcing-frame; or teacher."""
     weights: str = ""
     """Which weights of a .pt that holds several; the moving average (generator_ema) by default."""
     lora: tuple[Path, ...] = ()
-    """LoRA files to merge into Wan's transformer, in this order."""
+    """LoRA files to merge into the transformer, in this order."""
     lora_scale: tuple[float, ...] = ()
     """One scale per LoRA; 1 by default."""
     out: Path = Path("out.mp4")
@@ -93,9 +94,9 @@ def generate(args: Generate) -> None:
     """Write the video and print the speed. UserError before anything is written."""
     import torch
 
-    from aad1.media import check_video_path
+    from aad1.media import check_video_path, read_image
     from aad1.pipeline import Pipeline, find_model, pick_device, read_info
-    from aad1.wan_folder import WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, is_wan
 
     if args.chunks < 1:
         raise UserError(f"--chunks must be at least 1, got {args.chunks}")
@@ -110,6 +111,11 @@ def generate(args: Generate) -> None:
     folder = find_model(args.model)
     wan = is_wan(folder)
     info = None if wan else read_info(folder)
+    # What is wrong is told now, not when 14 billion weights have been read.
+    if wan and size is not None:
+        check_size(size, (UNIT, UNIT))
+    if args.image is not None:
+        read_image(args.image, width=UNIT, height=UNIT)
     teacher = args.recipe in (None, "teacher") if info is None else info.stage == "teacher"
     device = pick_device(args.device)
     dtype = torch.float32
@@ -141,25 +147,6 @@ def _speed_up(pipe: Pipeline, args: Generate) -> None:
     config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
     if not (args.plain or args.offload) and pipe.device.type in ("cuda", "cpu"):
         pipe.speed_up(config)
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "1280x720" -> (1280, 720); UserError for anything else."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise UserError(f"--size must be WIDTHxHEIGHT such as 832x480, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def pair_loras(files: Sequence[Path], scales: Sequence[float]) -> list[tuple[Path, float]]:
-    """Each LoRA with its scale, 1 if none are given; UserError unless there are as many."""
-    if scales and len(scales) != len(files):
-        raise UserError(
-            f"--lora-scale must have one number per LoRA ({len(files)}), got {len(scales)}"
-        )
-    return list(zip(files, scales or [1.0] * len(files), strict=True))
 
 
 def _stream(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> None:

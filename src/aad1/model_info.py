@@ -59,7 +59,10 @@ class ModelInfo:
 def read_info(folder: Path) -> ModelInfo:
     """model_index.json as a `ModelInfo`; UserError if it is missing or of another format."""
     if not (folder / INDEX).exists():
-        raise UserError(f"{folder} is not a model: it has no {INDEX}")
+        hint = ""
+        if (folder / "final" / INDEX).exists():
+            hint = f"; it is a run, whose model is {folder / 'final'}"
+        raise UserError(f"{folder} is not a model: it has no {INDEX}{hint}")
     raw = read_json(folder / INDEX)
     if raw.pop("format", None) != FORMAT:
         raise UserError(f"{folder / INDEX} is not of format {FORMAT}")

@@ -26,9 +26,11 @@ import torch
 from aad1.errors import UserError
 from aad1.fast.config import FastConfig, default_config
 from aad1.fast.rollout import FastRollout, admits
+from aad1.flags import check_size
 from aad1.media import ImageLike, read_image
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models.causal_codec import CausalCodec
+from aad1.models.checkpoints import load_wan_transformer
 from aad1.models.codec import Codec, DecoderStream, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.offload import offload_blocks
@@ -155,7 +157,7 @@ class Pipeline:
         recipe: how a generator that does not say so is rolled out; see `wan_folder.RECIPES`.
         steps: 1, 2 or 4 network passes per chunk instead of the model's own number.
         text_cache: folder that keeps encoded prompts (Wan's prompt encoder is large).
-        loras: (file, scale), merged into Wan's transformer.
+        loras: (file, scale), merged into the transformer.
         weights: which state dict of a .pt that holds several; the moving average by default.
         offload: keep the transformer's blocks in host memory, two at a time on the CUDA device,
             and the prompt encoder there only while it encodes; for models larger than the card.
@@ -204,14 +206,19 @@ class Pipeline:
             )  # fmt: skip
             return cls(*parts)._offload(device) if offload else cls(*parts)
         info = read_info(folder)
-        if loras or weights:
-            raise UserError(f"{folder} is a finished pipeline: loras and weights do not apply")
+        if weights:
+            raise UserError(f"{folder} holds one set of weights; leave out weights={weights}")
         if recipe is not None:
             raise UserError(f"{folder} says itself how it is rolled out; leave out recipe={recipe}")
         if steps is not None:
             info = replace(info, sigmas=few_step_sigmas(steps))
+        if loras:
+            info = replace(info, sha256="")  # other weights than those
+            transformer = load_wan_transformer(folder / "transformer", dtype, home, loras)
+        else:
+            transformer = WanTransformer.from_pretrained(folder / "transformer", dtype, home)
         pipe = cls(
-            WanTransformer.from_pretrained(folder / "transformer", dtype, home),
+            transformer,
             load_codec(folder / "codec", dtype=dtype, device=device),
             _load_text(folder / "text", base, device, dtype, cache),
             info,
@@ -255,18 +262,11 @@ class Pipeline:
 
     def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """(width, height) in pixels, the model's own if None; UserError if it cannot be."""
-        width, height = size or (self.info.width, self.info.height)
-        patch = self.transformer.config.patch_size
-        for name, value, side in (("width", width, patch[2]), ("height", height, patch[1])):
-            unit = self.codec.spatial_stride * side
-            if value < unit or value % unit:
-                low = max(unit, value // unit * unit)
-                near = f"{low} or {low + unit}" if value > unit else f"{unit}"
-                raise UserError(
-                    f"size {width}x{height}: {name} {value} is not divisible by {unit} "
-                    f"(nearest {near})"
-                )
-        return width, height
+        chosen = size or (self.info.width, self.info.height)
+        _, rows, columns = self.transformer.config.patch_size
+        stride = self.codec.spatial_stride
+        check_size(chosen, (stride * columns, stride * rows))
+        return chosen
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike, size: tuple[int, int] | None = None) -> torch.Tensor:
@@ -330,7 +330,8 @@ class Pipeline:
                 made = FastRollout(self.transformer, *key, self._fast)
             else:
                 warnings.warn(
-                    "the fast path is off: it needs positions that count from the visible frames",
+                    "the fast path is off: it needs positions that count from the visible frames "
+                    "where there is a sink",
                     stacklevel=2,
                 )
             self._fast_rollouts[key] = made

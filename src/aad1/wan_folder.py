@@ -24,6 +24,8 @@ from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.models.weights import read_json
 from aad1.rollout.teacher import Sampling
 
+UNIT = 16
+"""Sizes are multiples of it: 8 pixels a latent, 2 latents a patch."""
 STEP_SHIFT = 5.0
 FEW_STEPS = (1, 2, 4)
 WORLD = "wan"
@@ -34,7 +36,7 @@ class Recipe:
     """How a few-step generator was trained to be rolled out."""
 
     geometry: ChunkGeometry
-    steps: int
+    sigmas: tuple[float, ...]
     text_to_video: bool = True
 
 
@@ -47,23 +49,32 @@ def _from_text(chunk: int) -> ChunkGeometry:
     return ChunkGeometry(chunk=chunk, first=chunk, sink=0, window=21, relative=True)
 
 
-RECIPES = {
-    "aad1": Recipe(geometry=ChunkGeometry(), steps=1, text_to_video=False),
-    "self-forcing": Recipe(geometry=_from_text(3), steps=4),
-    "one-forcing": Recipe(geometry=_from_text(3), steps=1),
-    "one-forcing-frame": Recipe(geometry=_from_text(1), steps=1),
-}
-"""Generators that stream, by name; "teacher" stands beside them for one that does not."""
-
-
 def few_step_sigmas(steps: int) -> tuple[float, ...]:
-    """Noise levels of a few-step generator: 1 .. 1 / steps, shifted by 5 as all of them are.
+    """Noise levels of a few-step generator: 1 .. 1 / steps, shifted by 5 as Self-Forcing's are.
 
     4 gives 1, 0.9375, 0.8333, 0.625. UserError for other counts than 1, 2 and 4.
     """
     if steps not in FEW_STEPS:
         raise UserError(f"steps must be one of {', '.join(map(str, FEW_STEPS))}, got {steps}")
     return tuple(sigma_grid(steps, STEP_SHIFT)[:-1].tolist())
+
+
+RECIPES = {
+    "aad1": Recipe(geometry=ChunkGeometry(), sigmas=(1.0,), text_to_video=False),
+    "self-forcing": Recipe(geometry=_from_text(3), sigmas=few_step_sigmas(4)),
+    "causvid": Recipe(geometry=_from_text(3), sigmas=(1.0, 0.757, 0.522)),
+    "longlive": Recipe(
+        geometry=ChunkGeometry(chunk=3, first=3, sink=3, window=12), sigmas=few_step_sigmas(4)
+    ),
+    "one-forcing": Recipe(geometry=_from_text(3), sigmas=(1.0,)),
+    "one-forcing-frame": Recipe(geometry=_from_text(1), sigmas=(1.0,)),
+}
+"""Generators that stream, by name; "teacher" stands beside them for one that does not.
+
+CausVid's levels are its timesteps over 1000; it ends after 21 frames, and goes on here as
+Self-Forcing does. LongLive is rolled out as its configuration for unlimited length says, at
+positions relative to the cache; its first 12 frames are the same either way.
+"""
 
 
 def is_wan(path: Path) -> bool:
@@ -74,7 +85,7 @@ def is_wan(path: Path) -> bool:
         return str(read_json(path / INDEX).get("_class_name", "")).startswith("Wan")
     if (path / "codec").is_dir():
         return False  # one of ours that lost its index
-    suffixes = (*SAFETENSORS, *PICKLES)
+    suffixes = (*SAFETENSORS, *PICKLES, ".distcp")  # the last to be refused by name
     return any(p.suffix in suffixes for p in [*path.glob("*"), *path.glob("*/*")])
 
 
@@ -134,7 +145,7 @@ def wan_info(recipe: str | None, steps: int | None, places: list[Path]) -> Model
         teacher,
         stage="aad" if recipe == "aad1" else "distilled",
         geometry=chosen.geometry,
-        sigmas=few_step_sigmas(chosen.steps if steps is None else steps),
+        sigmas=few_step_sigmas(steps) if steps is not None else chosen.sigmas,
         text_to_video=chosen.text_to_video,
         extra={"recipe": recipe},
     )

@@ -6,6 +6,7 @@ K/V cache that every pass writes rotated keys into, noise levels looked up in a 
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -71,12 +72,14 @@ class Reference:
     """The causal Wan and its loop, [B, F, C, H, W] latents as published; float32, RoPE in float64.
 
     window: frames that stay in the cache, the current block included.
+    sink: LongLive's first frames, which stay; then keys are cached as they are before rotation, and
+        rotated at their place among those that are seen, as it does for unlimited length.
     """
 
-    def __init__(self, w: Weights, window: int) -> None:
-        self.w, self.window = w, window
+    def __init__(self, w: Weights, window: int, sink: int = 0, shift: float = 5) -> None:
+        self.w, self.window, self.sink = w, window, sink
         steps = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
-        self.sigmas = 5 * steps / (1 + 4 * steps)
+        self.sigmas = shift * steps / (1 + (shift - 1) * steps)
         self.timesteps = self.sigmas * 1000
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -145,12 +148,21 @@ class Reference:
             q = self.heads(y, f"{n}.self_attn.q", f"{n}.self_attn.norm_q")
             k = self.heads(y, f"{n}.self_attn.k", f"{n}.self_attn.norm_k")
             v = self.heads(y, f"{n}.self_attn.v", None)
-            q, k = self.rotate(q, start, grid), self.rotate(k, start, grid)
-            first, last = start * per_frame, (start + f) * per_frame
             cache_k, cache_v = self.cache[i]
-            cache_k[:, first:last], cache_v[:, first:last] = k, v
-            seen = slice(max(0, last - self.window * per_frame), last)
-            y = self.attention(q, cache_k[:, seen], cache_v[:, seen])
+            first, last = start * per_frame, (start + f) * per_frame
+            if self.sink:
+                cache_k[:, first:last], cache_v[:, first:last] = k, v
+                late = max(self.sink, start + f - (self.window - self.sink))
+                parts = (slice(0, min(self.sink * per_frame, last)), slice(late * per_frame, last))
+                k, v = (torch.cat([c[:, p] for p in parts], 1) for c in (cache_k, cache_v))
+                frames = k.shape[1] // per_frame
+                k = self.rotate(k, 0, (frames, *grid[1:]))
+                y = self.attention(self.rotate(q, frames - f, grid), k, v)
+            else:
+                q, k = self.rotate(q, start, grid), self.rotate(k, start, grid)
+                cache_k[:, first:last], cache_v[:, first:last] = k, v
+                seen = slice(max(0, last - self.window * per_frame), last)
+                y = self.attention(q, cache_k[:, seen], cache_v[:, seen])
             h = h + self.linear(y, f"{n}.self_attn.o") * mod[2]
             y = self.norm(h) * w[f"{n}.norm3.weight"] + w[f"{n}.norm3.bias"]
             q = self.heads(y, f"{n}.cross_attn.q", f"{n}.cross_attn.norm_q")
@@ -180,7 +192,17 @@ class Reference:
     ) -> torch.Tensor:
         """noise(block, step) [B, f, C, H, W]; step_list as in the configs: before it is warped."""
         table = torch.cat([self.timesteps, torch.zeros(1)])
-        warped = [float(table[1000 - step]) for step in step_list]
+        return self.loop(noise, text, blocks, [float(table[1000 - step]) for step in step_list])
+
+    @torch.no_grad()
+    def loop(
+        self,
+        noise: Callable[[int, int], torch.Tensor],
+        text: torch.Tensor,
+        blocks: int,
+        warped: list[float],
+    ) -> torch.Tensor:
+        """The same, for the timesteps that the network is shown."""
         b, f, _, height, width = noise(0, 0).shape
         tokens = blocks * f * (height // 2) * (width // 2)
         self.cache = [
@@ -211,6 +233,58 @@ def published(weights: Weights, stream: Stream, blocks: int, steps: list[int]) -
     return out.transpose(1, 2)
 
 
+def both_paths(pipe: Pipeline, blocks: int) -> tuple[Stream, list[torch.Tensor]]:
+    """A stream, and its latents on the plain and on the fast path."""
+    stream = pipe.stream(None, PROMPT, seed=5, size=SIZE)
+    stream.chunks = blocks
+    fast = pipe.fast_rollout(stream.rollout)
+    assert fast is not None
+    text = pipe.encode_prompt(PROMPT)
+    parts = fast.stream(None, lambda i: text, stream.noise(), blocks)
+    return stream, [torch.cat(list(x), 2) for x in (stream.latents(), parts)]
+
+
+@pytest.mark.parametrize("blocks", [4, 9])  # 4 blocks fill the window of 12, 9 roll it
+def test_longlive_equals_its_loop(
+    wan_folder: Path, checkpoint: Path, weights: Weights, blocks: int
+) -> None:
+    pipe = Pipeline.from_pretrained(checkpoint, base=wan_folder, recipe="longlive")
+    stream, made = both_paths(pipe, blocks)
+    noise, text = stream.noise(), pipe.encode_prompt(PROMPT)
+
+    def published(**options: int) -> torch.Tensor:
+        reference = Reference(weights, **{"window": 12, "sink": 3, **options})
+        draw = lambda i, n: noise(i, n).transpose(1, 2)  # noqa: E731
+        return reference.inference(draw, text, blocks, [1000, 750, 500, 250]).transpose(1, 2)
+
+    want = published()
+    for got in made:
+        torch.testing.assert_close(got, want, atol=1e-4 * float(want.std()), rtol=1e-4)
+    if blocks == 4:  # nothing was left out yet, so the other way to count gives the same
+        torch.testing.assert_close(published(sink=0), want, atol=1e-3, rtol=1e-3)
+    else:
+        for wrong in (dict(window=11), dict(sink=2), dict(sink=0)):
+            assert float((published(**wrong) - want).abs().max()) > 1e-3 * float(want.std())
+
+
+def test_causvid_equals_its_loop(wan_folder: Path, checkpoint: Path, weights: Weights) -> None:
+    """Timesteps 1000, 757, 522 as they are, on a table of shift 8, from which sigmas are looked up:
+    they lie up to 0.0003 beside the timesteps, hence the tolerance."""
+    pipe = Pipeline.from_pretrained(checkpoint, base=wan_folder, recipe="causvid")
+    stream, made = both_paths(pipe, 7)
+    noise, text = stream.noise(), pipe.encode_prompt(PROMPT)
+
+    def published(steps: list[float]) -> torch.Tensor:
+        draw = lambda i, n: noise(i, n).transpose(1, 2)  # noqa: E731
+        return Reference(weights, window=21, shift=8).loop(draw, text, 7, steps).transpose(1, 2)
+
+    want = published([1000, 757, 522])
+    error = max(float((got - want).norm() / want.norm()) for got in made)
+    other = published([1000, 752, 522])
+    assert error < 0.2 * float((other - want).norm() / want.norm())
+    assert error < 3e-3
+
+
 CASES = [
     # 9 blocks of 3 frames roll the window of 21 on; 7 are the clip of 21 frames itself
     ("self-forcing", None, 3, [1000, 750, 500, 250], 7),
@@ -235,6 +309,11 @@ def test_streaming_equals_the_published_loop(
     want = published(weights, stream, blocks, step_list)
     assert 0.3 < float(want.std()) < 100
     torch.testing.assert_close(got, want, atol=1e-4 * float(want.std()), rtol=1e-4)
+    fast = pipe.fast_rollout(stream.rollout)  # what users stream on
+    assert fast is not None
+    text = pipe.encode_prompt(PROMPT)
+    same = torch.cat(list(fast.stream(None, lambda i: text, stream.noise(), blocks)), 2)
+    torch.testing.assert_close(same, want, atol=1e-4 * float(want.std()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +388,33 @@ def test_a_new_prompt_holds_from_the_next_chunk_on(wan_folder: Path) -> None:
     assert torch.equal(next(steered), first)
     steered.prompt = "two red dogs"
     assert not torch.equal(next(steered), next(plain))
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python knows."""
+    while gc.collect():  # what one round frees may be what held the rest
+        pass
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors if not t.is_meta}.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("recipe,full", [("self-forcing", 8), ("one-forcing-frame", 24)])
+def test_an_endless_stream_takes_the_same_memory(
+    wan_folder: Path, recipe: str, full: int, fast: bool
+) -> None:
+    """After `full` chunks, which fill the window, to the byte; a list of frames would show."""
+    pipe = Pipeline.from_pretrained(wan_folder, recipe=recipe, steps=1, fast=fast)
+    stream = pipe.stream(None, PROMPT, size=(32, 32))
+    for _ in range(full):
+        frames = next(stream)
+    before = live_bytes()
+    for _ in range(4):
+        frames = next(stream)
+        assert live_bytes() == before
+    kept = [frames, next(stream)]
+    assert live_bytes() == before + kept[0].nbytes  # the measure sees one chunk of frames
 
 
 def test_an_endless_rollout_builds_nothing_new(wan_folder: Path) -> None:

@@ -212,6 +212,37 @@ def test_usual_sizes_are_accepted(wan_folder: Path, size: tuple[int, int]) -> No
     pipe = Pipeline.from_pretrained(wan_folder, recipe="aad1")
     assert pipe.check_size(size) == size
     assert pipe.check_size(None) == (832, 480)
+    # A square in the middle stays a square in the middle: at full size, upright and lying.
+    side = min(size) // 2
+    picture = np.zeros((2 * min(size), 3 * max(size), 3), np.uint8)
+    top, left = picture.shape[0] // 2 - side, picture.shape[1] // 2 - side
+    picture[top : top + 2 * side, left : left + 2 * side] = 255
+    seen: list[torch.Tensor] = []
+    pipe.codec.encode = lambda video: seen.append(video) or video  # type: ignore
+    pipe.encode_image(picture, size)
+    (fitted,) = seen
+    assert fitted.shape == (1, 1, size[1], size[0], 3)
+    bright = (fitted[0, 0, :, :, 0] > 127).nonzero()
+    (y0, x0), (y1, x1) = bright.min(0).values, bright.max(0).values
+    assert abs(int(y1 - y0) - int(x1 - x0)) <= 2
+    assert abs(int(y0 + y1) - size[1] + 1) <= 2 and abs(int(x0 + x1) - size[0] + 1) <= 2
+
+
+def test_what_is_wrong_is_told_before_the_weights_are_read(
+    wan_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("aad1.pipeline.load_wan", never)
+    for flags, message in (
+        (dict(size="832x488"), "height 488 is not divisible by 16 (nearest 480 or 496)"),
+        (dict(image=tmp_path / "gone.png"), "gone.png"),
+    ):
+        assert run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", **flags)) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="weights were read"):
+        run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", size="832x480"))
 
 
 @pytest.mark.parametrize("size", [(850, 480), (832, 481), (0, 480), (832, -16)])
@@ -318,6 +349,38 @@ def test_generate_merges_loras_into_a_generator_file(
     assert made[0] != made[1]
     assert run(*command(tmp_path / "g.pt", tmp_path / "o.gif", lora_scale=1, **flags)) == 2
     assert "one number per LoRA (0), got 1" in capsys.readouterr().err
+
+
+def test_serve_takes_the_same_weights(wan_folder: Path, tmp_path: Path) -> None:
+    """LoRAs, steps, a size: what is served streams the frames of such a pipeline."""
+    pytest.importorskip("fastapi")
+    from safetensors.torch import save_file
+
+    from aad1.serve.command import Serve, _app
+
+    convert(wan_folder, tmp_path / "g.pt", "self-forcing")
+    lora = tmp_path / "lora.safetensors"
+    save_file({"diffusion_model.blocks.0.ffn.0.diff": torch.randn(48, 256)}, lora)
+    threads = torch.get_num_threads()
+    try:
+        app = _app(Serve(model=str(tmp_path / "g.pt"), base=str(wan_folder), recipe="one-forcing",
+                         steps=2, lora=(lora,), lora_scale=(0.5,), size="32x48", device="cpu",
+                         threads=threads, weights="generator"))  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    facts, model = app.state.hub.facts, app.state.hub.engine.model
+    assert (facts.width, facts.height) == (32, 48)
+    pipe = Pipeline.from_pretrained(
+        tmp_path / "g.pt", base=wan_folder, recipe="one-forcing", steps=2, loras=[(lora, 0.5)]
+    )
+    want = next(pipe.stream(None, "a cat", seed=3, size=(32, 48)))
+    made = model.generate(model.begin(None, 3), model.encode("a cat")).frames
+    assert made.shape == want.shape
+    assert int(np.abs(made.astype(int) - want.numpy().astype(int)).max()) <= 1
+    with pytest.raises(UserError, match="height 50 is not divisible by 16 .nearest 48 or 64"):
+        _app(Serve(model=str(wan_folder), recipe="one-forcing", size="32x50"))
+    with pytest.raises(UserError, match="one number per LoRA"):
+        _app(Serve(lora=(lora,), lora_scale=(1.0, 2.0)))
 
 
 def test_ctrl_c_finishes_an_endless_video(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import aad1
@@ -223,6 +224,31 @@ def test_any_prompt_works(model: Path, picture: Path, tmp_path: Path, prompt: st
 
 
 # -- the rest -------------------------------------------------------------------------------------
+
+
+def test_a_gpu_without_memory_is_one_line(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.\nmore"
+        )
+
+    monkeypatch.setitem(cli.RUN, cli.Generate, full)
+    assert cli.main(["generate", "--out", str(tmp_path / "o.mp4")]) == 1
+    out, err = capsys.readouterr()
+    assert err == (
+        "aad1: CUDA out of memory. Tried to allocate 2.00 GiB; a smaller --size takes less, or "
+        "--offload\n"
+    )
+    assert out == ""
+
+    def bug(*_: object) -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setitem(cli.RUN, cli.Generate, bug)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        cli.main(["generate"])
 
 
 def test_without_arguments_it_prints_help(capsys: Capture) -> None:

@@ -210,6 +210,21 @@ def test_what_is_wrong_is_told_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_numbers_that_no_file_should_hold(original: Path, tmp_path: Path) -> None:
+    state = original_transformer()
+    state["blocks.0.ffn.0.bias"][3] = 1e6
+    save_file(state, tmp_path / "x.safetensors")
+    convert(tmp_path / "x.safetensors", tmp_path / "bf16.pt", "self-forcing", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"proj.bias has numbers above 65504: no torch.float16"):
+        convert(tmp_path / "x.safetensors", tmp_path / "a.pt", "self-forcing", dtype=torch.float16)
+    state["blocks.0.ffn.0.bias"][3] = float("nan")
+    save_file(state, tmp_path / "x.safetensors")
+    for to, name in (("diffusers", "out"), ("comfyui", "out.safetensors")):
+        with pytest.raises(UserError, match="holds NaN or infinity: the file is damaged"):
+            convert(tmp_path / "x.safetensors", tmp_path / name, to, shard_bytes=500_000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16.pt", "x.safetensors"]
+
+
 def test_a_failed_conversion_leaves_nothing(original: Path, tmp_path: Path) -> None:
     save_file(original_transformer(), tmp_path / "x.safetensors")
     damaged = tmp_path / "vae.pth"

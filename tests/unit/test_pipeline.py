@@ -278,6 +278,44 @@ def test_weights_that_do_not_fit_are_named(
     first_line(error)
 
 
+def test_nan_weights_are_refused(folder: Path) -> None:
+    for part in ("transformer", "text"):
+        path = next((folder / part).glob("*.safetensors"))
+        kept = path.read_bytes()
+        tensors = load_file(path)
+        name = max(tensors)
+        tensors[name].view(-1)[0] = float("nan")
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=f"is damaged: {name} holds NaN") as error:
+            Pipeline.from_pretrained(folder)
+        first_line(error)
+        path.write_bytes(kept)
+    Pipeline.from_pretrained(folder)
+
+
+def test_loras_are_merged_into_a_saved_pipeline(folder: Path, tmp_path: Path) -> None:
+    plain = Pipeline.from_pretrained(folder)
+    name = "blocks.0.attn1.to_q"
+    change = torch.randn_like(plain.transformer.state_dict()[f"{name}.weight"])
+    save_file({f"transformer.{name}.diff": change}, tmp_path / "lora.safetensors")
+    merged = Pipeline.from_pretrained(folder, loras=[(tmp_path / "lora.safetensors", 0.5)])
+    for key, value in plain.transformer.state_dict().items():
+        want = value + 0.5 * change if key == f"{name}.weight" else value
+        torch.testing.assert_close(merged.transformer.state_dict()[key], want)
+    assert merged.info.sha256 == "" and merged.info.geometry == plain.info.geometry
+    with pytest.raises(UserError, match="one set of weights; leave out weights=ema"):
+        Pipeline.from_pretrained(folder, weights="ema")
+
+
+def test_a_runs_folder_points_to_its_model(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "final")
+    with pytest.raises(UserError, match=f"whose model is {run / 'final'}") as error:
+        Pipeline.from_pretrained(run)
+    first_line(error)
+
+
 def test_parts_that_do_not_belong_together_are_refused(
     folder: Path, tiny_pipeline: Build, tmp_path: Path
 ) -> None:

@@ -132,7 +132,7 @@ def one_past_chunk(geometry: ChunkGeometry) -> bool:
     """Whether a chunk sees at most the one before it, besides the sink: then K can be stored
     at the position where it will be read, and no position ever grows."""
     past = geometry.window - geometry.sink - geometry.chunk
-    return geometry.relative and past <= geometry.chunk
+    return (geometry.relative or not geometry.sink) and past <= geometry.chunk
 
 
 def fp8_fails(device: torch.device, width: int) -> str:

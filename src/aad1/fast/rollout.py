@@ -47,7 +47,7 @@ class FastRollout:
         if not admits(geometry):
             raise UserError(
                 "the fast path needs positions that count from the visible frames "
-                f"(relative=True), got {geometry}"
+                f"(relative=True) where there is a sink, got {geometry}"
             )
         config = config or default_config(model.device, model.config.width)
         self.config = usable(config, model.device, geometry, model.config.width)
@@ -148,8 +148,12 @@ class FastRollout:
 
 
 def admits(geometry: ChunkGeometry) -> bool:
-    """Whether the fast path knows the geometry: any with relative positions."""
-    return geometry.relative
+    """Whether the fast path knows the geometry: any with relative positions or without a sink.
+
+    Attention sees differences of positions alone, and without a sink both ways of counting give
+    the same.
+    """
+    return geometry.relative or not geometry.sink
 
 
 class Session:

@@ -27,7 +27,14 @@ from aad1.errors import UserError
 from aad1.models import wan_keys, wan_shapes
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.lora import Lora, merger
-from aad1.models.tensor_files import PICKLES, SAFETENSORS, Source, TensorFile, open_tensors
+from aad1.models.tensor_files import (
+    PICKLES,
+    SAFETENSORS,
+    Source,
+    TensorFile,
+    open_tensors,
+    refuse_distributed,
+)
 from aad1.models.weights import (
     build_transformer,
     index_files,
@@ -45,7 +52,7 @@ _SEEN = {"transformer": "Wan transformer", "vae": "Wan VAE", "text_encoder": "UM
 _ATTENTION = r"blocks\.\d+\.{}\.(q|k|v|o|norm_q|norm_k|to_q|to_k|to_v|to_out\.0)\."
 # What most names of a file must match for it to be of a kind.
 _KINDS = {
-    "lora": r"\.(lora_(A|B|up|down|magnitude_vector)|alpha|diff|diff_b|hada_|lokr_)\b|^lora_unet",
+    "lora": r"\.(lora_(A|B|up|down|magnitude_vector)|alpha|diff(_[bm])?|hada_|lokr_)\b|^lora_unet",
     "transformer": r"patch_embedding|(text|time)_embedding\.|time_projection|head\.|"
     r"condition_embedder|proj_out\.|scale_shift_table|modulation|"
     r"blocks\.\d+\.(self_attn|cross_attn|attn[12]|norm[23]\.|ffn\.(0|2|net)|scale_shift|modul)",
@@ -134,6 +141,7 @@ def _find(path: Path, weights: str) -> Parts:
             break
         looked += level
         for folder in level:
+            refuse_distributed(folder)
             for kind, source in _sources(folder, weights, problems):
                 if kind in candidates:
                     candidates[kind].append(source)
@@ -334,6 +342,7 @@ def wan_config(source: Source) -> WanConfig:
         folder = source.where if source.where.is_dir() else source.where.parent
         config = read_transformer_config(source.config, folder / "config.json")
         wan_shapes.check_variant(source)
+        wan_shapes.check_width(source, config.width)
         return config
     return wan_shapes.transformer_config(source)
 

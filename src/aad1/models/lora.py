@@ -6,7 +6,8 @@ Read are the forms in use, told apart by names:
 - diffusers and PEFT: `transformer.blocks.0.attn1.to_q.lora_A.weight`, `lora_B`; alpha in the
   metadata or in an adapter_config.json beside the file, else alpha = r;
 - ComfyUI: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, `lora_up`, `alpha`, and whole
-  differences `diff` (of a weight) and `diff_b` (of a bias); original or diffusers' layer names;
+  differences `diff` (of a weight), `diff_b` (of a bias) and `diff_m` (of a block's or the head's
+  modulation); original or diffusers' layer names;
 - kohya's: `lora_unet_blocks_0_self_attn_q.lora_down.weight`.
 """
 
@@ -31,7 +32,7 @@ _PREFIX = re.compile(r"^(base_model\.|model\.|transformer\.|diffusion_model\.|ge
 _NAME = re.compile(
     r"^(?P<layer>.+?)\."
     r"(?:lora_(?P<factor>A|B|down|up)(?:\.(?!weight|bias)\w+)?\.(?P<leaf>weight|bias)"
-    r"|(?P<whole>alpha|diff_b|diff))$"
+    r"|(?P<whole>alpha|diff_b|diff_m|diff))$"
 )
 _ROLES = {"A": "down", "B": "up"}
 
@@ -77,7 +78,7 @@ def read_lora(path: str | Path) -> Lora:
     file = open_tensors(path)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in file.read(file.specs):
-        name = key
+        name = wan_keys.strip_prefixes(key)
         while (found := _PREFIX.match(name)) is not None:
             name = name[found.end() :]
         match = _NAME.match(name)
@@ -85,7 +86,10 @@ def read_lora(path: str | Path) -> Lora:
             raise UserError(f"{path} is no LoRA that can be merged: it has {key}")
         factor, leaf, whole = match.group("factor", "leaf", "whole")
         role = whole or _ROLES.get(factor, factor) + ("_bias" if leaf == "bias" else "")
-        layers.setdefault(match["layer"], {})[role] = tensor
+        layer = match["layer"]
+        if role == "diff_m":
+            role, layer = "diff", f"{layer}.modulation"
+        layers.setdefault(layer, {})[role] = tensor
     for layer, parts in layers.items():
         if ("down" in parts) != ("up" in parts) or "down_bias" in parts:
             raise UserError(f"{path}: {layer} has {', '.join(sorted(parts))}: a pair is incomplete")

@@ -85,6 +85,7 @@ def open_tensors(path: Path, weights: str = "") -> TensorFile:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    _refuse_pointer(path)
     if path.suffix in SAFETENSORS:
         return _open_safetensors(path)
     if path.suffix not in PICKLES:
@@ -99,6 +100,30 @@ def open_tensors(path: Path, weights: str = "") -> TensorFile:
     config = raw.get(CONFIG_KEY)
     specs = {name: Spec(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     return TensorFile(path, specs, config if isinstance(config, Mapping) else {}, chosen)
+
+
+def _refuse_pointer(path: Path) -> None:
+    """UserError for what git leaves in a file's place where Git LFS is not installed."""
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(
+                f"{path} only says where the weights are (Git LFS): fetch them with `git lfs pull`"
+            )
+
+
+def refuse_distributed(folder: Path) -> None:
+    """UserError if a folder is a checkpoint of torch.distributed, which names the way out.
+
+    Its index is a pickle that `weights_only` does not admit, so it is not opened here.
+    """
+    if any(folder.glob("*.distcp")):
+        if (folder.parent / "meta.json").is_file():
+            raise UserError(f"{folder} is what a run trains on from: give the run's final/ folder")
+        raise UserError(
+            f"{folder} is a checkpoint of torch.distributed (.distcp), which is not read; if you "
+            "trust it, make one file of it: python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {folder} weights.pt"
+        )
 
 
 def _safetensors(path: Path) -> Any:

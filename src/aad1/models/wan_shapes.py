@@ -70,6 +70,18 @@ def check_one_model(source: Source) -> None:
         raise UserError(f"{source.where} mixes parts of different models: {some}")
 
 
+def check_width(source: Source, width: int) -> None:
+    """UserError if the weights are of another width than a config.json beside them says."""
+    patch = source.specs.get("patch_embedding.bias")
+    if patch is not None and patch.shape[0] != width:
+        known = {width: f" ({name})" for (width, _), (name, _) in _SIZES.items()}
+        own = patch.shape[0]
+        raise UserError(
+            f"{source.where} mixes parts of different models: its weights are of width "
+            f"{own}{known.get(own, '')}, its config.json says {width}{known.get(width, '')}"
+        )
+
+
 def transformer_config(source: Source) -> WanConfig:
     """The configuration of a Wan transformer from its shapes, and the head count from `config`.
 

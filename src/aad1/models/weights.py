@@ -21,6 +21,7 @@ from torch import nn
 from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.finite import check_finite, finite, total
 from aad1.models.tensor_files import Source, Spec, TensorFile, open_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -87,8 +88,9 @@ def write_tensors(
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load a state dict; UserError lists missing, unexpected and wrongly shaped keys."""
+    """Load a state dict; UserError lists missing, unexpected, wrongly shaped and damaged keys."""
     _check_fit(module, {name: tuple(value.shape) for name, value in tensors.items()}, source)
+    check_finite(tensors, {name: total(value) for name, value in tensors.items()}, source)
     module.load_state_dict(dict(tensors))
 
 
@@ -122,7 +124,8 @@ def load_module(
     device settles the precision. Tied parameters stay tied.
     change: applied to each tensor on `device` before the cast (merging a LoRA).
 
-    UserError before anything is read if names or shapes do not fit.
+    UserError before anything is read if names or shapes do not fit, and at the end if there are
+    numbers that are not finite.
     """
     own = module.state_dict(keep_vars=True)
     by_tensor: dict[int, list[str]] = {}
@@ -133,11 +136,14 @@ def load_module(
     for name in source.places:
         shapes |= dict.fromkeys(tied.get(name, ()), shapes[name])
     _check_fit(module, shapes, str(source.where))
+    totals: dict[str, torch.Tensor] = {}
     for name, tensor in source.read():
         if change is not None:
             tensor = change(name, tensor.to(device))
         # A copy, since what is read is a view of the file.
         value = tensor.to(device=device, dtype=own[name].dtype, copy=True)
+        if value.is_floating_point():
+            totals[name] = total(value)
         parameter = nn.Parameter(value, requires_grad=own[name].requires_grad)
         for other in tied[name]:
             parent, _, leaf = other.rpartition(".")
@@ -146,6 +152,7 @@ def load_module(
                 holder._parameters[leaf] = parameter
             else:
                 holder._buffers[leaf] = value
+    check_finite(module.state_dict(), totals, str(source.where))
 
 
 class LazyTensors(Protocol):
@@ -177,8 +184,11 @@ class InMemory:
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.tensors if names is None else names:
-            value = self.tensors[name]
-            yield name, value.detach().to("cpu", self._dtype(value))
+            value = self.tensors[name].detach().cpu()
+            cast = value.to(self._dtype(value))
+            if cast is not value and not finite(cast) and finite(value):
+                raise UserError(f"{name} has numbers that {cast.dtype} cannot hold")
+            yield name, cast
 
 
 def write_shards(folder: Path, stem: str, tensors: LazyTensors, limit: int = SHARD_BYTES) -> None:

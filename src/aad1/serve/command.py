@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aad1.errors import UserError
+from aad1.flags import check_size, pair_loras, parse_size
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -30,6 +31,16 @@ class Serve:
     """Wan 2.1's folder, for the parts that a generator by itself lacks."""
     recipe: str | None = None
     """How a generator made elsewhere is rolled out."""
+    steps: int | None = None
+    """Network passes per chunk, 1, 2 or 4, if not the model's own number."""
+    weights: str = ""
+    """Which weights of a .pt that holds several; the moving average by default."""
+    lora: tuple[Path, ...] = ()
+    """LoRA files to merge into the transformer, in this order."""
+    lora_scale: tuple[float, ...] = ()
+    """One scale per LoRA; 1 by default."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels, such as 480x832; the model's own if left out."""
     text_cache: Path | None = None
     """Folder that keeps encoded prompts."""
     device: str = "auto"
@@ -101,7 +112,7 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     from aad1.serve.live import packer
     from aad1.serve.model import PipelineModel
     from aad1.serve.server import create_app
-    from aad1.wan_folder import WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, is_wan
 
     limits = Limits(
         sessions=args.max_sessions, image_bytes=round(args.max_image_mb * 1e6),
@@ -110,7 +121,10 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     pack = packer(args.format, args.quality)
     if args.threads < 0:
         raise UserError(f"--threads must be at least 0, got {args.threads}")
+    loras, size = pair_loras(args.lora, args.lora_scale), parse_size(args.size)
     folder = find_model(args.model)
+    if size is not None and is_wan(folder):
+        check_size(size, (UNIT, UNIT))  # now, not when all weights have been read
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
@@ -118,8 +132,11 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and large and device.type == "cuda")
     pipeline = Pipeline.from_pretrained(
         folder, device=device, dtype=torch.bfloat16 if half else torch.float32, base=args.base,
-        recipe=args.recipe, text_cache=args.text_cache,
+        recipe=args.recipe, text_cache=args.text_cache, steps=args.steps, weights=args.weights,
+        loras=loras,
     )  # fmt: skip
+    width, height = pipeline.check_size(size)
+    pipeline.info = replace(pipeline.info, width=width, height=height)
     facts = read_facts(Path(args.model).name, pipeline)
     return create_app(
         PipelineModel(pipeline), facts, limits, token=args.token if token else None, pack=pack

@@ -272,11 +272,7 @@ def _activations(
     if isinstance(e.stage, OdeInitConfig):
         return {"generator": graph(student, block_causal(g, frames), frames, clips=clips)}
     past = clips * costs.cache_bytes(student, clip, frames - g.chunk, bf16=bf16)
-    seen = len(g.kept(frames, g.chunk))
-    # A rollout's cache is replaced, so there are two for a moment.
-    phases: dict[str, float] = {
-        "rollout": past + 2 * clips * costs.cache_bytes(student, clip, seen, bf16=bf16)
-    }
+    phases: dict[str, float] = {"rollout": past}  # the cache that a chunk reads is part of it
     replay = costs.replay_plan(clip, g)
     phases["generator"] = past + graph(student, replay, frames - g.first, clips=clips)
     if isinstance(e.stage, DmdConfig):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -59,12 +58,12 @@ def encode_videos(
     world = FolderWorld(
         folder, width=size.width, height=size.height, frames=size.frames, fps=size.fps
     )
-    skipped = [f"{s.path.name}: {s.reason}" for s in world.skipped]
+    skipped = [f"{world.name(s.path)}: {s.reason}" for s in world.skipped]
     write_json(out / _ORIGIN, facts)
     shards = _finished(out)
     done = {key for _, keys in shards for key in keys}
     before = len(done)
-    pending, copies = _pending(world.clips, done)
+    pending, copies = _pending(world, done)
     skipped += copies
     captions = [world.clips[index].caption for _, index in pending]
     store_prompts(
@@ -78,14 +77,14 @@ def encode_videos(
         try:
             video = world.batch([index]).video
         except UserError as error:
-            skipped.append(f"{clip.path.name}: {str(error).removeprefix(f'{clip.path} ')}")
+            skipped.append(f"{world.name(clip.path)}: {str(error).removeprefix(f'{clip.path} ')}")
         else:
             with _autocast(device, bf16):
                 latents = codec.encode(video.to(device))
             batch.append((key, clip, latents[0].half().cpu().numpy()))
         if batch and (len(batch) == clips_per_shard or position == len(pending)):
             shards.append((shard_name(number), [k for k, _, _ in batch]))
-            _write(out / shard_name(number), batch)
+            _write(out / shard_name(number), world, batch)
             number += 1
             batch = []
         print(f"clips {position}/{len(pending)}", file=sys.stderr, flush=True)
@@ -117,20 +116,19 @@ def _finished(out: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _pending(
-    clips: Sequence[FolderClip], done: set[str]
-) -> tuple[list[tuple[str, int]], list[str]]:
+def _pending(world: FolderWorld, done: set[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """(key, number) of clips still to be encoded, and a line for each file that is a copy."""
     first: dict[str, Path] = {}
     content: dict[Path, str] = {}
     pending: list[tuple[str, int]] = []
     copies = []
-    for index, clip in enumerate(clips):
+    for index, clip in enumerate(world.clips):
         if clip.path not in content:
             with clip.path.open("rb") as file:
                 content[clip.path] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
             if first.setdefault(content[clip.path], clip.path) != clip.path:
-                copies.append(f"{clip.path.name}: is a copy of {first[content[clip.path]].name}")
+                original = world.name(first[content[clip.path]])
+                copies.append(f"{world.name(clip.path)}: is a copy of {original}")
         digest = content[clip.path]
         key = f"{digest}@{clip.start:.4f}"
         if first[digest] == clip.path and key not in done:
@@ -138,7 +136,9 @@ def _pending(
     return pending, copies
 
 
-def _write(path: Path, batch: list[tuple[str, FolderClip, np.ndarray[Any, Any]]]) -> None:
+def _write(
+    path: Path, world: FolderWorld, batch: list[tuple[str, FolderClip, np.ndarray[Any, Any]]]
+) -> None:
     write_shard(
         path,
         np.stack([latents for _, _, latents in batch]),
@@ -146,6 +146,6 @@ def _write(path: Path, batch: list[tuple[str, FolderClip, np.ndarray[Any, Any]]]
         tensor="latents",
         metadata={
             "keys": json.dumps([key for key, _, _ in batch]),
-            "files": json.dumps([clip.path.name for _, clip, _ in batch]),
+            "files": json.dumps([world.name(clip.path) for _, clip, _ in batch]),
         },
     )

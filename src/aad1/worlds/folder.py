@@ -2,7 +2,9 @@
 
 A caption is `name.txt` beside `name.mp4`, or a row of `captions.csv` (columns file, caption), or a
 line of `captions.jsonl` ({"file": "name.mp4", "caption": "..."}), or an entry of `captions.json`
-({"name.mp4": "caption"}); of several, the first in this order counts.
+({"name.mp4": "caption"}); of several, the first in this order counts. Folders within are looked
+through too; the tables lie in the outermost one and name such a file by its path there
+(`walks/a.mp4`), or by its name alone if no other has it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import math
 import random
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,19 +86,21 @@ class FolderWorld:
         clips: list[FolderClip] = []
         skipped: list[Skipped] = []
         captions = _read_captions(self.folder)
-        videos = sorted(p for p in self.folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        videos = [p for p in sorted(self.folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
+        videos = [p for p in videos if not any(s[0] == "." for s in p.relative_to(folder).parts)]
+        count = Counter(name for path in videos for name in {path.name, path.stem})
         for path in videos:
             try:
-                clips += self._clips_of(path, _caption_of(path, captions))
+                clips += self._clips_of(path, _caption_of(path, self.folder, captions, count))
             except UserError as error:
                 skipped.append(Skipped(path=path, reason=str(error).removeprefix(f"{path} ")))
-        names = {name for path in videos for name in (path.name, path.stem)}
+        names = {name for path in videos for name in _names(path, self.folder)}
         for name in sorted(captions.keys() - names):
             skipped.append(Skipped(path=self.folder / name, reason="has a caption but no video"))
         self.clips: tuple[FolderClip, ...] = tuple(clips)
         self.skipped: tuple[Skipped, ...] = tuple(skipped)
         if not clips:
-            why = "; ".join(f"{item.path.name} {item.reason}" for item in skipped[:3])
+            why = "; ".join(f"{self.name(item.path)} {item.reason}" for item in skipped[:3])
             more = f"; {len(skipped) - 3} more" if len(skipped) > 3 else ""
             none = f"it holds no file that ends in {', '.join(SUFFIXES)}"
             raise UserError(f"{self.folder} gives no clip: {why + more or none}")
@@ -109,13 +114,17 @@ class FolderWorld:
         """Captions per clip: the image's and one per chunk begun."""
         return 1 + math.ceil((self.frames - 1) / self.frames_per_chunk)
 
+    def name(self, path: Path) -> str:
+        """A file of this folder as people call it: by its path from here."""
+        return path.relative_to(self.folder).as_posix()
+
     def report(self) -> str:
         """What was found and what was left out, one line per file left out."""
         videos = len({clip.path for clip in self.clips})
         head = f"{len(self.clips)} clips of {self.frames} frames from {videos} videos"
         if not self.skipped:
             return head
-        lines = [f"  {item.path.name}: {item.reason}" for item in self.skipped]
+        lines = [f"  {self.name(item.path)}: {item.reason}" for item in self.skipped]
         return "\n".join([f"{head}; {len(lines)} skipped:", *lines])
 
     def batch(self, indices: Sequence[int]) -> Clips:
@@ -203,16 +212,28 @@ def _join(clips: Sequence[Clips]) -> Clips:
     )
 
 
-def _caption_of(path: Path, captions: dict[str, str]) -> str:
+def _names(path: Path, folder: Path) -> tuple[str, ...]:
+    """What a table may call a file of `folder`: by path, by name, each with its suffix or not."""
+    inside = path.relative_to(folder)
+    return inside.as_posix(), inside.with_suffix("").as_posix(), path.name, path.stem
+
+
+def _caption_of(path: Path, folder: Path, captions: dict[str, str], count: Counter[str]) -> str:
+    """count: how many videos have a name (or a name without its suffix)."""
     beside = path.with_suffix(".txt")
     if beside.is_file():
         caption = " ".join(_read_text(beside).split())
         if not caption:
             raise UserError(f"no caption: {beside.name} is empty")
         return caption
-    for name in (path.name, path.stem):
-        if captions.get(name):
-            return captions[name]
+    for name in _names(path, folder):
+        if not captions.get(name):
+            continue
+        if path.parent != folder and "/" not in name and count[name] > 1:
+            raise UserError(
+                f"no caption: {count[name]} videos are called {name}; name them by their paths"
+            )
+        return captions[name]
     raise UserError(f"no caption: neither {beside.name} nor captions.csv, .jsonl or .json has one")
 
 

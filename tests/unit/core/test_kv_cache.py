@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -80,3 +82,42 @@ def test_gradients_pass_through_what_is_kept() -> None:
     cache.layers[0][0].sum().backward()
     assert k.grad is not None
     assert float(k.grad.min()) == 1
+
+
+def storages(cache: KVCache) -> dict[int, int]:
+    """Bytes by place of all memory that a cache keeps alive."""
+    held = [t for piece in cache.pieces for kv in piece.layers for t in kv]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+
+
+def made(start: int, size: int) -> tuple[KV, ...]:
+    """K and V in memory of their own, as a pass gives them."""
+    return tuple((k.clone(), v.clone()) for k, v in new(range(start, start + size)))
+
+
+def test_states_share_what_both_see() -> None:
+    """Self-Forcing's window: a state and the next hold 18 + 3 frames in all, not 2 x 18."""
+    geometry = ChunkGeometry(chunk=3, first=3, sink=0, window=21)
+    states = [KVCache()]
+    for i in range(12):
+        states.append(states[-1].append(made(3 * i, 3), geometry, 3 * i))
+    frame = sum(2 * t.nbytes for t in (states[1].layers[0][0], states[1].layers[1][0])) // 3
+    for before, after in pairwise(states[6:]):
+        assert sum(storages(after).values()) == 18 * frame
+        assert sum((storages(before) | storages(after)).values()) == (18 + 3) * frame
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [ChunkGeometry(window=7), ChunkGeometry(chunk=4, first=4, sink=1, window=9)],
+    ids=str,
+)
+def test_frames_that_are_not_seen_are_not_held(geometry: ChunkGeometry) -> None:
+    """Of a chunk that is seen in part; a view of that part would hold all of it."""
+    cache = KVCache()
+    for i in range(6):
+        start = geometry.start(i)
+        cache = cache.append(made(start, geometry.size(i)), geometry, start)
+        seen = sum(t.nbytes for kv in cache.layers for t in kv)
+        assert sum(storages(cache).values()) == seen
+    assert len(cache.frames) == geometry.window - geometry.chunk

@@ -33,6 +33,8 @@ GEOMETRIES = [
     ChunkGeometry(chunk=2, sink=3, window=7),
     ChunkGeometry(chunk=2, first=4, sink=1, window=5),  # a long first chunk
     ChunkGeometry(chunk=4, sink=0, window=8),
+    ChunkGeometry(chunk=3, first=3, sink=0, window=21, relative=False),  # as Self-Forcing trains
+    ChunkGeometry(chunk=2, first=2, sink=0, window=4, relative=False),
 ]
 
 
@@ -194,6 +196,6 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert difference(net, ChunkGeometry(window=window), how=how) > 1e-4
 
 
-def test_absolute_positions_are_refused_by_name(model: WanTransformer) -> None:
+def test_absolute_positions_beside_a_sink_are_refused_by_name(model: WanTransformer) -> None:
     with pytest.raises(UserError, match="relative=True"):
         FastRollout(model, ChunkGeometry(relative=False))

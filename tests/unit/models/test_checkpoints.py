@@ -27,6 +27,7 @@ from aad1.models.checkpoints import (
 )
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
+from aad1.models.umt5 import load_umt5
 from aad1.models.weights import save_transformer
 from aad1.pipeline import ModelInfo, Pipeline
 from wan_files import (
@@ -259,6 +260,77 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     load_wan_transformer(tmp_path)  # complete again, without an index
     shard.write_bytes(kept[:-10])
     refused(lambda: load_wan_transformer(tmp_path), "00002-of-00003", "truncated")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_refused(base: Path, tmp_path: Path, value: float) -> None:
+    """One among all, in any part; without this a grey video would come out, and exit code 0."""
+    state, vae, text = original_transformer(), original_vae(), original_umt5()
+    state["blocks.1.ffn.0.bias"][7] = value
+    path = _plain(tmp_path, state)
+    for dtype in (torch.float32, torch.bfloat16):
+        refused(
+            lambda dtype=dtype: load_wan_transformer(path, dtype),
+            str(path), "is damaged: blocks.1.ffn.net.0.proj.bias holds NaN or infinity",
+        )  # fmt: skip
+    state["head.modulation"][0, 1, 2] = value
+    refused(lambda: load_wan_transformer(_plain(tmp_path, state)), "(and 1 more) holds")
+    vae["decoder.head.2.bias"][0] = value
+    torch.save(vae, tmp_path / "vae.pth")
+    refused(lambda: load_wan_vae(tmp_path / "vae.pth"), "vae.pth is damaged: decoder.conv_out.bias")
+    text["blocks.0.ffn.fc1.weight"][0, 0] = value
+    torch.save(text, tmp_path / "t5.pth")
+    source = find_parts(tmp_path / "t5.pth").source("text_encoder")
+    pytest.importorskip("transformers")
+    refused(lambda: load_umt5(source, torch.float32, torch.device("cpu")), "t5.pth is damaged")
+
+
+def test_large_numbers_are_numbers(tmp_path: Path) -> None:
+    """Two that add up to infinity in float32 are no reason to refuse."""
+    state = original_transformer()
+    state["head.head.bias"][:2] = 3e38
+    assert not bool(state["head.head.bias"].sum().isfinite())
+    load_wan_transformer(_plain(tmp_path, state))
+
+
+def test_a_checkpoint_of_torch_distributed_is_refused_and_the_way_out_works(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder = tmp_path / "step" / "model"
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"model": original_transformer()}, checkpoint_id=folder)
+    assert list(folder.glob("*.distcp"))
+    for path in (folder, folder.parent):
+        way = f"format_utils dcp_to_torch {folder} weights.pt"
+        refused(lambda path=path: find_parts(path), f"{folder} is a checkpoint of torch.dist", way)
+    dcp_to_torch_save(folder, tmp_path / "weights.pt")
+    got = load_wan_transformer(tmp_path / "weights.pt").state_dict()
+    for name, value in reference(original_transformer()).state_dict().items():
+        assert torch.equal(got[name], value), name
+    (folder.parent / "meta.json").write_text("{}")  # one of this package's own
+    refused(lambda: find_parts(folder.parent), "give the run's final/ folder")
+
+
+def test_what_git_leaves_in_place_of_weights_is_told(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "x.pt"):
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        (tmp_path / name).write_text(pointer)
+        refused(lambda name=name: find_parts(tmp_path / name), name, "`git lfs pull`")
+    refused(lambda: find_parts(tmp_path), "no Wan weights found", "`git lfs pull`")
+
+
+def test_a_config_of_the_other_size_is_told(tmp_path: Path) -> None:
+    """As after copying shards of 1.3B over those of 14B, or the reverse."""
+    _diffusers(tmp_path, original_transformer())
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 40}))
+    refused(
+        lambda: load_wan_transformer(tmp_path),
+        "mixes parts of different models", "of width 256", "config.json says 5120 (14B)",
+    )  # fmt: skip
 
 
 def test_shards_of_different_models_are_told(tmp_path: Path) -> None:

@@ -136,6 +136,19 @@ def test_comfyui_names_are_read_as_diffusers_reads_them(tmp_path: Path) -> None:
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_adapters_of_a_training_run_are_read(model: Path, tmp_path: Path) -> None:
+    """As LongLive publishes them: a .pt with `generator_lora`, names of PEFT inside FSDP."""
+    state = {
+        f"base_model.model.model._fsdp_wrapped_module.{name}.lora_{side}.weight": tensor
+        for name, _, _ in LAYERS
+        for side, tensor in zip("AB", factors()[name], strict=True)
+    }
+    other = {name: -value for name, value in state.items()}
+    torch.save({"critic_lora": other, "generator_lora": state, "step": 3}, tmp_path / "lora.pt")
+    got = weights(model, (tmp_path / "lora.pt", ALPHA / RANK))  # alpha / r is 1 in the file
+    check(got, merged(1.0), tmp_path)
+
+
 def test_whole_differences_of_weights_biases_norms_and_modulation(
     model: Path, tmp_path: Path
 ) -> None:
@@ -144,9 +157,11 @@ def test_whole_differences_of_weights_biases_norms_and_modulation(
         ("blocks.0.self_attn.q.weight", "diff"), ("blocks.0.self_attn.q.bias", "diff_b"),
         ("blocks.1.cross_attn.norm_k.weight", "diff"), ("blocks.1.norm3.bias", "diff_b"),
         ("patch_embedding.weight", "diff"), ("blocks.1.modulation", "diff"),
-        ("head.modulation", "diff"),
+        ("head.modulation", "diff_m"), ("blocks.0.modulation", "diff_m"),
     ):  # fmt: skip
         layer = key.removesuffix(".weight").removesuffix(".bias")
+        if suffix == "diff_m":  # LightX2V names the block, not its modulation
+            layer = layer.removesuffix(".modulation")
         change = torch.randn_like(want[key])
         form[f"diffusion_model.{layer}.{suffix}"] = change
         want[key] = want[key] + 0.5 * change

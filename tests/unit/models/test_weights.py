@@ -54,6 +54,20 @@ def test_dtype_of_file_and_of_loading(tmp_path: Path) -> None:
     assert WanTransformer.from_pretrained(tmp_path, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_numbers_that_a_narrower_dtype_cannot_hold_are_told(tmp_path: Path) -> None:
+    """As `aad1 export` writes float16: infinity in the file would show only when it is loaded."""
+    model = WanTransformer(TINY)
+    with torch.no_grad():
+        model.proj_out.bias[0] = 1e5
+    with pytest.raises(UserError, match=r"proj_out\.bias has numbers that torch\.float16 cannot"):
+        model.save_pretrained(tmp_path / "half", torch.float16)
+    assert not list((tmp_path / "half").glob("*.safetensors"))
+    model.save_pretrained(tmp_path, torch.bfloat16)
+    with torch.no_grad():
+        bias = WanTransformer.from_pretrained(tmp_path).proj_out.bias
+        assert float(bias[0]) == pytest.approx(1e5, 0.01)
+
+
 def test_sharded_files_are_joined(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     names = sorted(tensors)

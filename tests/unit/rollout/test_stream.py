@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from aad1.core import chunks as plans
 from aad1.core.chunks import ChunkGeometry, Group, block_causal
-from aad1.core.kv_cache import KVCache
+from aad1.core.kv_cache import KVCache, Piece
 from aad1.errors import UserError
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.rollout.stream import Rollout, record, replay, seeded_noise
@@ -243,7 +243,7 @@ def detached(state: object) -> object:
 
     assert isinstance(state, State)
     layers = tuple((k.detach(), v.detach()) for k, v in state.cache.layers)
-    return State(state.chunk, state.start, KVCache(state.cache.frames, layers))
+    return State(state.chunk, state.start, KVCache((Piece(state.cache.frames, layers),)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from aad1.core.chunks import ChunkGeometry
 from aad1.core.flow import add_noise
+from aad1.core.kv_cache import KVCache, Piece
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator, DiscriminatorConfig
 from aad1.models.dit import WanConfig, WanTransformer
@@ -161,7 +162,8 @@ def test_dmd_gradient_is_that_of_the_retained_graph() -> None:
     for i in (1, 2):
         context = text[:, GEOMETRY.start(i)]
         layers = tuple((k.detach(), v.detach()) for k, v in state.cache.layers)
-        state = type(state)(state.chunk, state.start, type(state.cache)(state.cache.frames, layers))
+        cache = KVCache((Piece(state.cache.frames, layers),))
+        state = type(state)(state.chunk, state.start, cache)
         x0 = other.rollout.generate(state, context, noise).x0
         xs.append(x0)
         state = other.rollout.commit(state, x0.detach(), context)

@@ -50,8 +50,8 @@ def test_figures_of_the_plan() -> None:
     small = plan(preset("wan1.3b-dmd"), Cluster())
     assert small.roles[0].parameters / 1e9 == pytest.approx(1.419, abs=0.001)
     assert small.roles[1].weights == 2 * small.roles[1].parameters
-    # K and V of 17 frames at 288 MB, and a cache of 5 frames beside the one it replaces.
-    assert small.activations["rollout"] / 1e9 == pytest.approx((17 + 10) * 0.2875, rel=0.01)
+    # K and V of 17 frames at 288 MB; what a chunk sees of them is not held twice.
+    assert small.activations["rollout"] / 1e9 == pytest.approx(17 * 0.2875, rel=0.01)
     phases = whole.activations
     # Those K and V are kept for the replay, not while the discriminator is trained. It has two
     # passes of two clips alive: twice the block inputs beyond what two judged clips have.

@@ -99,6 +99,29 @@ def test_captions_from_tables_and_their_rank(tmp_path: Path) -> None:
     ]
 
 
+def test_folders_within(tmp_path: Path) -> None:
+    """Two files of one name are two videos; a table tells them apart by their paths."""
+    for name in ("a", "b", "b/c", ".hidden"):
+        (tmp_path / name).mkdir()
+    add(tmp_path / "a", "x.mp4", 9, 20, "in a")
+    add(tmp_path / "b", "x.mp4", 9, 60)
+    add(tmp_path / "b" / "c", "y.mp4", 9, 90)
+    add(tmp_path / "b" / "c", "x.mp4", 9, 90)
+    add(tmp_path, "z.mp4", 9, 90)
+    add(tmp_path / ".hidden", "h.mp4", 9, 20, "not seen")
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\nb/x.mp4,in b\ny,in c\nz.mp4,here\nx.mp4,which\nw.mp4,none\n")
+    world = FolderWorld(tmp_path, **SIZE, frames=9)
+    assert {world.name(clip.path): clip.caption for clip in world.clips} == {
+        "a/x.mp4": "in a", "b/x.mp4": "in b", "b/c/y.mp4": "in c", "z.mp4": "here",
+    }  # fmt: skip
+    assert {world.name(s.path): s.reason for s in world.skipped} == {
+        "b/c/x.mp4": "no caption: 3 videos are called x.mp4; name them by their paths",
+        "w.mp4": "has a caption but no video",
+    }
+    assert "  b/c/x.mp4: no caption" in world.report()
+
+
 def test_what_is_skipped_and_why(tmp_path: Path) -> None:
     whole = add(tmp_path, "good.mp4", 9, 20, "walk").read_bytes()
     add(tmp_path, "short.mp4", 5, 20, "walk")
