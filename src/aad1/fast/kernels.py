@@ -2,6 +2,9 @@
 
 Each reads a row of D channels once, computes in float32 and writes once. Imported only where the
 switch `triton` is on. TRITON_INTERPRET=1 runs them on the CPU, for tests.
+
+eps is a constant of each kernel: the compiler hands float arguments over in double precision, and
+everything they touch would be computed in it.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ def _put(values, out, scales, row, at, inside, width, quantise: tl.constexpr):  
 
 @triton.jit
 def _add_norm(  # type: ignore[no-untyped-def]
-    x, branch, gate, scale, shift, total, out, scales, tokens, gates, frames, width, eps,
-    added: tl.constexpr, gated: tl.constexpr, quantise: tl.constexpr, block: tl.constexpr,
+    x, branch, gate, scale, shift, total, out, scales, tokens, gates, frames, width,
+    eps: tl.constexpr, added: tl.constexpr, gated: tl.constexpr, quantise: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     """total = x + branch gate; out = LN(total) (1 + scale) + shift.
 
@@ -79,8 +83,9 @@ def _quantise(x, out, scales, width, gelu: tl.constexpr, block: tl.constexpr):  
 
 @triton.jit
 def _norm_rope(  # type: ignore[no-untyped-def]
-    x, weight, cos, sin, out, rows, width, pairs, x_row, out_batch, eps, block: tl.constexpr
-):
+    x, weight, cos, sin, out, rows, width, pairs, x_row, out_batch,
+    eps: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     """rows: of one sample (F L); pairs: channel pairs per head; x_row, out_batch: strides."""
     row = tl.program_id(0).to(tl.int64)
     inner = row % rows
@@ -124,7 +129,7 @@ def add_norm(
     _add_norm[(x.numel() // width,)](
         x, x if branch is None else branch, scale if gate is None else gate, scale, shift, total,
         out, scale if scales is None else scales, tokens, 1 if gate is None else gate.shape[1],
-        scale.shape[1], width, eps,
+        scale.shape[1], width, eps=eps,
         added=branch is not None, gated=gate is not None, quantise=quantise, **_block(width),
     )  # fmt: skip
     return total, out, scales
@@ -170,6 +175,6 @@ def norm_rope(
     cos, sin = table[0].contiguous(), table[1].contiguous()
     _norm_rope[(b * f * tokens,)](
         x, weight, cos, sin, out, f * tokens, width, width // heads // 2, x.stride(2),
-        out.stride(0), eps, **_block(width // 2),
+        out.stride(0), eps=eps, **_block(width // 2),
     )  # fmt: skip
     return out
