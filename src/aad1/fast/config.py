@@ -26,8 +26,8 @@ class FastConfig:
     """torch.compile of what lies before and after attention: one graph for all layers, the same
     for every fill level of the cache."""
     triton: bool = False
-    """This package's own fused kernels (norm + modulate, q/k norm + RoPE + cache write, gated
-    residual) instead of what PyTorch or its compiler makes of the same formulas."""
+    """This package's own fused kernels (residual + norm + modulate, q/k norm + RoPE + cache write,
+    GELU + float8 rows) instead of what PyTorch or its compiler makes of the same formulas."""
     cudnn: bool = True
     """cuDNN's attention is preferred; flash attention and the others follow."""
     graph: bool = False
@@ -71,7 +71,7 @@ def default_config(device: torch.device, width: int) -> FastConfig:
     All of it exact to rounding, but `half_decoder` on a CPU: its error is that of 8-bit frames.
     """
     if device.type == "cuda":
-        return FastConfig(compile=width >= SMALL)
+        return FastConfig(compile=width >= SMALL, triton=True)
     half = device.type == "cpu" and multiplies_bfloat16()
     return FastConfig(
         compile=False, compile_decoder=False, cudnn=False, early=False, half_decoder=half

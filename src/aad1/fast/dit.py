@@ -17,12 +17,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aad1.core.kv_cache import KV
 from aad1.fast.config import FastConfig
-from aad1.fast.ops import Linear, Table, gated_add, linear, modulate, norm_rope, quantise_rows, rms
+from aad1.fast.ops import (
+    Linear,
+    Rows,
+    Table,
+    add_norm,
+    gated_add,
+    linear,
+    linear_gelu,
+    norm_rope,
+    quantise_rows,
+    rms,
+)
 from aad1.fast.slots import Slots
 from aad1.models.dit import MIN_SIGMA, Attention, Block, WanTransformer, attend
 
@@ -47,8 +57,9 @@ class Layer(NamedTuple):
     text_q: Linear
     text_out: Linear
     text_norm_q: torch.Tensor
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
+    norm_scale: torch.Tensor
+    """The second norm's weight - 1, and its bias: float32 [1, 1, 1, D]."""
+    norm_shift: torch.Tensor
     up: Linear
     down: Linear
 
@@ -107,8 +118,8 @@ def before_attention(
     Each [B, F, L, N, D / N], None for what is not asked for.
     slots: where K and V are written, if they have one place; both are None in the result then.
     """
-    h = modulate(x, scale, shift, fixed.eps, fixed.kernels)
-    q, k, v = linear(h, layer.qkv).chunk(3, -1)
+    h = _normed(x, layer.qkv, scale, shift, fixed)
+    q, k, v = linear(h, layer.qkv, fixed.kernels, x.dtype).chunk(3, -1)
     (queries,) = _rotated(q, layer.norm_q, (tables.own,), (None,), fixed)
     own, store, raw = _rotated(k, layer.norm_k, tables, (slots and slots[0], None, None), fixed)
     v = v.unflatten(-1, (fixed.heads, -1))
@@ -127,12 +138,20 @@ def keys_values(
     fixed: Fixed,
 ) -> tuple[torch.Tensor | None, ...]:
     """K as it is kept, V, and K by tables.raw: where the cache pass ends."""
-    h = modulate(x, scale, shift, fixed.eps, fixed.kernels)
-    k, v = linear(h, layer.kv).chunk(2, -1)
+    h = _normed(x, layer.kv, scale, shift, fixed)
+    k, v = linear(h, layer.kv, fixed.kernels, x.dtype).chunk(2, -1)
     kept, raw = _rotated(
         k, layer.norm_k, (tables.store or tables.own, tables.raw), (None, None), fixed
     )
     return kept, v.unflatten(-1, (fixed.heads, -1)), raw
+
+
+def _normed(
+    x: torch.Tensor, layer: Linear, scale: torch.Tensor, shift: torch.Tensor, fixed: Fixed
+) -> torch.Tensor | Rows:
+    """What `layer` is given: the modulated norm of x."""
+    quantise = layer.scale is not None
+    return add_norm(x, None, None, scale, shift, fixed.eps, fixed.kernels, quantise)[1]
 
 
 def _rotated(
@@ -155,22 +174,25 @@ def after_attention(
     fixed: Fixed,
 ) -> torch.Tensor:
     """The block from attention's output [B, F, L, N, D / N] on. texts: of chunks of `sizes`."""
-    m = modulation
-    x = gated_add(x, linear(attended.flatten(-2), layer.out), m.gate1, fixed.kernels)
-    h = F.layer_norm(
-        x.float(), x.shape[-1:], layer.norm_weight.float(), layer.norm_bias.float(), fixed.eps
-    ).to(x.dtype)
-    q = rms(linear(h, layer.text_q), layer.text_norm_q, fixed.eps).to(x.dtype)
+    m, kernels, dtype = modulation, fixed.kernels, x.dtype
+    fp8 = layer.up.scale is not None
+    x, h = add_norm(
+        x, linear(attended.flatten(-2), layer.out, kernels, dtype), m.gate1, layer.norm_scale,
+        layer.norm_shift, fixed.eps, kernels, fp8,
+    )  # fmt: skip
+    q = rms(linear(h, layer.text_q, kernels, dtype), layer.text_norm_q, fixed.eps).to(dtype)
     q = q.unflatten(-1, (fixed.heads, -1))
     seen = [
         attend(part.flatten(1, 2), k, v).unflatten(1, part.shape[1:3])
         for part, (k, v) in zip(q.split(sizes, 1), texts, strict=True)
     ]
     joined = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
-    x = x + linear(joined.flatten(-2), layer.text_out)
-    h = modulate(x, m.scale2, m.shift2, fixed.eps, fixed.kernels)
-    h = linear(F.gelu(linear(h, layer.up), approximate="tanh"), layer.down)
-    return gated_add(x, h, m.gate2, fixed.kernels)
+    x, h = add_norm(
+        x, linear(joined.flatten(-2), layer.text_out, kernels, dtype), None, m.scale2, m.shift2,
+        fixed.eps, kernels, fp8,
+    )  # fmt: skip
+    h = linear(linear_gelu(h, layer.up, kernels, dtype), layer.down, kernels, dtype)
+    return gated_add(x, h, m.gate2, kernels)
 
 
 class FastTransformer:
@@ -242,7 +264,7 @@ class FastTransformer:
         tables = _tables(places)
         levels = [self.modulation(p.sigma) for p in parts]
         sizes = tuple(p.size for p in parts)
-        whole = all(size == slots.geometry.chunk for size in sizes)
+        whole = all(size in (slots.geometry.chunk, slots.geometry.first) for size in sizes)
         before, only_kv, after = self._compiled if whole else self._functions
         x = model.patch_embedding(latents.to(model.dtype)).flatten(3).permute(0, 2, 3, 1)
         x = x.contiguous()
@@ -282,7 +304,8 @@ class FastTransformer:
     ) -> torch.Tensor:
         """[B, F, L, D] -> what the last linear layer predicts, [B, C, F, H, W]."""
         shift, scale = modulation
-        h = modulate(x, scale, shift, self.fixed.eps, self.fixed.kernels)
+        _, h = add_norm(x, None, None, scale, shift, self.fixed.eps, self.fixed.kernels)
+        assert isinstance(h, torch.Tensor)
         _, p, q = self.model.config.patch_size
         out = self.model.proj_out(h).unflatten(2, grid).unflatten(-1, (p, q, -1))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
@@ -385,11 +408,15 @@ def _layer(block: Block, fp8: bool) -> Layer:
         text_q=pack(_of(cross.to_q)),
         text_out=pack(_of(cross.to_out[0])),
         text_norm_q=cross.norm_q.weight.detach(),
-        norm_weight=block.norm2.weight.detach(),
-        norm_bias=block.norm2.bias.detach(),
+        norm_scale=_row(block.norm2.weight) - 1,
+        norm_shift=_row(block.norm2.bias),
         up=pack(_of(ffn.net[0].proj)),  # type: ignore[arg-type]
         down=pack(_of(ffn.net[2])),
     )
+
+
+def _row(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().float()[None, None, None]
 
 
 def _of(layer: torch.nn.Module) -> Linear:

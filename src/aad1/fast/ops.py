@@ -65,25 +65,76 @@ def fp8_product(
     return (product if bias is None else product + bias.float()).to(dtype)
 
 
-def linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
-    """x [..., in] -> [..., out] in x's precision."""
-    if layer.scale is None:
-        return F.linear(x, layer.weight, layer.bias)
-    flat = x.flatten(0, -2)
-    out = fp8_product(*quantise_rows(flat), layer.weight, layer.scale, layer.bias, x.dtype)
-    return out.unflatten(0, x.shape[:-1])
+class Rows(NamedTuple):
+    """Activations in float8: values [..., D] and their rows' scales, float32 [..., 1]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
 
 
-def modulate(
-    x_BFLD: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, kernels: bool
+def linear(
+    x: torch.Tensor | Rows, layer: Linear, kernels: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """LN(x) (1 + scale) + shift; scale and shift float32 [1, F or 1, 1, D]."""
-    if kernels:
-        from aad1.fast.kernels import modulate as kernel
+    """x [..., in] -> [..., out] in `dtype`, which is x's own unless that is in float8."""
+    if layer.scale is None:
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, layer.weight, layer.bias)
+    if isinstance(x, torch.Tensor):
+        x = Rows(*_quantised(x, kernels, gelu=False))
+    flat = x.values.flatten(0, -2), x.scale.flatten(0, -2)
+    out = fp8_product(*flat, layer.weight, layer.scale, layer.bias, dtype)
+    return out.unflatten(0, x.values.shape[:-1])
 
-        return kernel(x_BFLD, scale, shift, eps)
-    normed = F.layer_norm(x_BFLD.float(), x_BFLD.shape[-1:], eps=eps)
-    return (normed * (1 + scale) + shift).to(x_BFLD.dtype)
+
+def linear_gelu(
+    x: torch.Tensor | Rows, layer: Linear, kernels: bool, dtype: torch.dtype
+) -> torch.Tensor | Rows:
+    """GELU (tanh form) of `linear`; in float8 if the layer is and `kernels` can make it so."""
+    if layer.scale is not None and kernels:
+        return Rows(*_quantised(linear(x, layer, kernels, dtype), kernels, gelu=True))
+    if layer.scale is None and layer.weight.is_cuda and layer.weight.dtype != torch.float32:
+        assert isinstance(x, torch.Tensor)
+        flat = x.flatten(0, -2)  # cuBLAS applies the GELU before it writes the product
+        out = torch._addmm_activation(layer.bias, flat, layer.weight.t(), use_gelu=True)
+        return out.unflatten(0, x.shape[:-1])
+    return F.gelu(linear(x, layer, kernels, dtype), approximate="tanh")
+
+
+def _quantised(x: torch.Tensor, kernels: bool, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = x.flatten(0, -2)
+    if kernels:
+        from aad1.fast.kernels import quantise_rows as kernel
+
+        values, scale = kernel(flat, gelu)
+    else:
+        values, scale = quantise_rows(F.gelu(flat, approximate="tanh") if gelu else flat)
+    return values.unflatten(0, x.shape[:-1]), scale.unflatten(0, x.shape[:-1])
+
+
+def add_norm(
+    x_BFLD: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    kernels: bool,
+    quantise: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | Rows]:
+    """y = x + branch gate, and LN(y) (1 + scale) + shift, in float8 if `quantise` and `kernels`.
+
+    gate, scale and shift: float32 [1, F or 1, 1, D]; no branch adds nothing, no gate counts as 1.
+    """
+    if kernels:
+        from aad1.fast.kernels import add_norm as kernel
+
+        y, h, scales = kernel(x_BFLD, branch, gate, scale, shift, eps, quantise)
+        return y, h if scales is None else Rows(h, scales)
+    y = x_BFLD
+    if branch is not None:
+        y = x_BFLD + branch if gate is None else gated_add(x_BFLD, branch, gate, False)
+    normed = F.layer_norm(y.float(), y.shape[-1:], eps=eps)
+    return y, (normed * (1 + scale) + shift).to(y.dtype)
 
 
 def gated_add(
