@@ -78,6 +78,20 @@ def default_config(device: torch.device, width: int) -> FastConfig:
     )
 
 
+def asked_config(
+    device: torch.device, width: int, *, plain: bool, fp8: bool, without: str
+) -> FastConfig | None:
+    """What the flags --plain, --fp8 and --without (names with commas) ask for; None: no fast path.
+
+    UserError for a name that is none, or for --plain beside parts of what it leaves out.
+    """
+    if plain and (fp8 or without):
+        raise UserError("--plain leaves the fast path out; --fp8 and --without are parts of it")
+    config = replace(default_config(device, width), fp8=fp8)
+    config = config.without(*[name for name in without.split(",") if name])
+    return None if plain or device.type not in ("cuda", "cpu") else config
+
+
 def usable(
     config: FastConfig, device: torch.device, geometry: ChunkGeometry, width: int
 ) -> FastConfig:

@@ -56,10 +56,10 @@ def test_when_the_cache_pass_is_launched(
     tiny_pipeline: Build, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    for name in ("generate", "commit"):
+    for name, event in (("generate", "generate"), ("_cache_pass", "commit")):
         plain = getattr(Session, name)
 
-        def note(self: Session, *args: object, _p: Callable = plain, _n: str = name) -> object:
+        def note(self: Session, *args: object, _p: Callable = plain, _n: str = event) -> object:
             events.append(_n)
             return _p(self, *args)
 
