@@ -513,13 +513,15 @@ class Pipeline:
         captions: Sequence[Sequence[str]],
         seeds: Sequence[int],
         chunks: int,
+        rollout: Rollout | FastRollout | None = None,
     ) -> torch.Tensor:
         """A batch of rollouts, image latents included: [B, C, 1 + n x chunk, h, w].
 
         images: latents [B, C, 1, h, w]; captions: per clip, one prompt per chunk as in
         `aad1.data.batch.Clips` (the last one repeats). Sample b equals the stream of its seed.
+        rollout: another than the plain one.
         """
-        rollout = self.rollout
+        rollout = rollout or self.rollout
         shape = (images.shape[1], images.shape[3], images.shape[4])
         noise = seeded_noise(seeds, rollout.geometry, shape, images.device)
 
