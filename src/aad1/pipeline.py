@@ -323,9 +323,9 @@ class Pipeline:
         config: None takes what pays on this device. The weights must not change any more. What
         cannot work here is left out with one warning.
         """
-        width = self.transformer.config.width
-        config = config or default_config(self.device, width)
-        self._fast = usable(config, self.device, self.info.geometry, width)
+        sizes = self.transformer.config.width, self.transformer.config.ffn_dim
+        config = config or default_config(self.device, sizes[0])
+        self._fast = usable(config, self.device, self.info.geometry, *sizes)
         self._fast_rollouts.clear()
         self._fast_vae = self._half_codec = None
         if self.tiny_decoder is not None:

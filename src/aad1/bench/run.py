@@ -46,7 +46,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if not admits(subject.geometry):
         raise UserError(f"the fast path needs relative positions, got {subject.geometry}")
     with _one_line_warnings():
-        fast = usable(fast, device, subject.geometry, subject.model.config.width)
+        sizes = subject.model.config.width, subject.model.config.ffn_dim
+        fast = usable(fast, device, subject.geometry, *sizes)
     variants: dict[str, FastConfig | None] = {"fast": fast}
     if config.baseline:
         variants = {"baseline": None, **variants}

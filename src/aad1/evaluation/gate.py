@@ -17,7 +17,7 @@ import torch
 from aad1.errors import UserError
 from aad1.evaluate.compare import METRICS, Figure, compare
 from aad1.evaluate.frechet import LEAST_VIDEOS
-from aad1.evaluate.measure import Measured, join, measure_all
+from aad1.evaluate.measure import Measured, join, measure_all, stride_for
 from aad1.evaluation.model import chunks_for
 from aad1.evaluation.worlds import RealWorld
 from aad1.fast.config import default_config, fp8_fails
@@ -104,21 +104,30 @@ def fp8_gate(
     products are computed by their reference formula, so the verdict is that of the numbers, not of
     a device's kernels.
 
-    UserError for fewer than 16 videos, or where float8 cannot be computed.
+    UserError, before anything is rolled out, for fewer than 16 videos, real ones that cannot be set
+    beside them, or where float8 cannot be computed.
     """
     if clips < LEAST_VIDEOS:
         raise UserError(f"the gate needs at least {LEAST_VIDEOS} videos, got {clips}")
     width = pipe.transformer.config.width
-    reason = fp8_fails(pipe.device, width)
+    reason = fp8_fails(pipe.device, width, pipe.transformer.config.ffn_dim)
     if reason:
         raise UserError(f"float8 cannot be tried: {reason}")
+    real = world.short.reference.videos
+    own = (pipe.info.width, pipe.info.height, stride_for(real.frames))
+    if own != (real.width, real.height, real.stride):
+        raise UserError(
+            f"the model's videos have {own[0]}x{own[1]} pixels and every {own[2]}. pair of frames "
+            f"measured, the real ones {real.width}x{real.height} and every {real.stride}.: give "
+            "others (--world, --data; not --quick)"
+        )
     plain = pipe.rollout
     config = replace(default_config(pipe.device, width), fp8=True)
     arms: tuple[Rollout | FastRollout, ...] = (
         plain,
         FastRollout(pipe.transformer, plain.geometry, plain.sigmas, config),
     )
-    chunks = chunks_for(pipe, world.short.reference.videos.frames)
+    chunks = chunks_for(pipe, real.frames)
     measured: tuple[list[Measured], list[Measured]] = ([], [])
     difference, size = torch.zeros(chunks), torch.zeros(chunks)
     for rows in torch.arange(clips).split(_TOGETHER):
@@ -142,11 +151,12 @@ def fp8_gate(
         for i, (a, b) in enumerate(zip(*(x.chunk(chunks, 2) for x in both), strict=True)):
             difference[i] += (a - b).square().sum()
             size[i] += a.square().sum()
-    real, metrics = world.short, [METRICS[name] for name in GATED]
+    short, metrics = world.short, [METRICS[name] for name in GATED]
     one, other = (
         compare(
-            join(parts), real.reference, real.other, metrics, floor_reference=real.floor_reference
+            join(parts), short.reference, short.other, metrics,
+            floor_reference=short.floor_reference,
         )
         for parts in measured
-    )
+    )  # fmt: skip
     return Gate(plain=one, float8=other, latents=tuple((difference / size).sqrt().tolist()))

@@ -51,7 +51,9 @@ class FastRollout:
                 f"(relative=True), got {geometry}"
             )
         config = config or default_config(model.device, model.config.width)
-        self.config = usable(config, model.device, geometry, model.config.width)
+        self.config = usable(
+            config, model.device, geometry, model.config.width, model.config.ffn_dim
+        )
         self.transformer = FastTransformer(model, self.config)
         self.model, self.geometry, self.sigmas = model, geometry, sigmas
         self._free: list[Session] = []

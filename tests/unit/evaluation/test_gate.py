@@ -120,6 +120,12 @@ def test_what_cannot_be_gated_is_refused(pipe: Pipeline, world: RealWorld, tiny_
         run(pipe, world, clips=8)
     with pytest.raises(UserError, match="a width of 24 is not a multiple of 16"):
         run(tiny_pipeline(), world)
+    videos = replace(world.short.reference.videos, stride=2)
+    reference = replace(world.short.reference, videos=videos)
+    with pytest.raises(
+        UserError, match="every 1. pair of frames measured, the real ones 16x16 and"
+    ):
+        run(pipe, replace(world, short=replace(world.short, reference=reference)))
     unknown = replace(figures()["M"], value=None, reason="needs at least 16 videos")
     gate = Gate(plain=figures() | {"M": unknown}, float8=figures(), latents=())
     with pytest.raises(UserError, match="M cannot be gated: needs at least 16"):
