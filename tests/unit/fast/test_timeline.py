@@ -13,6 +13,7 @@ import torch
 
 from aad1.core.chunks import ChunkGeometry
 from aad1.fast import slots as slots_module
+from aad1.fast import timeline as timeline_module
 from aad1.fast.config import FastConfig
 from aad1.fast.rollout import FastRollout
 from aad1.fast.timeline import Place, Timeline
@@ -228,7 +229,7 @@ def play(pipe: Pipeline, seed: int) -> tuple[list[np.ndarray], list[tuple[int, i
             made = model.generate(job.point, job.text)
             model.settle(made.after)
             session.deliver(job, made.frames, [], made.after, made.seconds, now)
-            job = None
+            job = made = None  # nobody else holds the point of a chunk that was thrown away
         if rng.random() < 0.15:
             prompt = rng.choice(["left", "right", "red disc"])
             session.steer(prompt, model.encode(prompt), now, blend=rng.choice([1, 1, 3]))
@@ -239,9 +240,11 @@ def play(pipe: Pipeline, seed: int) -> tuple[list[np.ndarray], list[tuple[int, i
 
 @pytest.mark.parametrize("single_pass", [False, True])
 def test_a_steered_session_shows_what_the_plain_one_shows(
-    tiny_pipeline: Callable[..., Pipeline], single_pass: bool
+    tiny_pipeline: Callable[..., Pipeline], single_pass: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts that change, fade, and drop the chunk that was made ahead; and a reset."""
+    """Prompts that change, fade, and drop the chunk that was made ahead; and a reset. Without one
+    copy of the cache."""
+    monkeypatch.setattr(timeline_module, "_Copy", lambda *_: pytest.fail("a slot was copied"))
     pipe = tiny_pipeline(fps=16.0, geometry=ChunkGeometry(single_pass=single_pass))
     want, order, dropped = play(pipe, 3)
     pipe.speed_up(FastConfig(compile=False, cudnn=False, compile_decoder=False, early=False))
