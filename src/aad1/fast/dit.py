@@ -39,6 +39,8 @@ class Layer(NamedTuple):
     """Weights of one block."""
 
     qkv: Linear
+    kv: Linear
+    """The part of qkv that the cache pass of the last layer needs."""
     out: Linear
     norm_q: torch.Tensor
     norm_k: torch.Tensor
@@ -131,7 +133,7 @@ def keys_values(
 ) -> tuple[torch.Tensor | None, ...]:
     """K as it is kept, V, and K by tables.raw: where the cache pass ends."""
     h = modulate(x, scale, shift, fixed.eps, fixed.kernels)
-    k, v = linear(h, layer.qkv.rows(x.shape[-1])).chunk(2, -1)
+    k, v = linear(h, layer.kv).chunk(2, -1)
     kept, raw = _rotated(
         k, layer.norm_k, (tables.store or tables.own, tables.raw), (None, None), fixed
     )
@@ -378,8 +380,10 @@ def _side_by_side(levels: list[Modulation], sizes: tuple[int, ...]) -> Modulatio
 def _layer(block: Block, fp8: bool) -> Layer:
     attn, cross, ffn = block.attn1, block.attn2, block.ffn
     pack = _quantised if fp8 else _plain
+    qkv = pack(_joined(attn))
     return Layer(
-        qkv=pack(_joined(attn)),
+        qkv=qkv,
+        kv=qkv.rows(attn.to_q.out_features),
         out=pack(_of(attn.to_out[0])),
         norm_q=attn.norm_q.weight.detach(),
         norm_k=attn.norm_k.weight.detach(),

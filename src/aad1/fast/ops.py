@@ -30,9 +30,9 @@ class Linear(NamedTuple):
     scale: torch.Tensor | None = None
 
     def rows(self, start: int) -> Linear:
-        """The layer's outputs from `start` on."""
-        scale = None if self.scale is None else self.scale[start:]
-        return Linear(self.weight[start:], self.bias[start:], scale)
+        """The layer's outputs from `start` on; the weight is shared."""
+        scale = None if self.scale is None else self.scale[start:].clone()
+        return Linear(self.weight[start:], self.bias[start:].clone(), scale)
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

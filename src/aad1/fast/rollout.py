@@ -267,22 +267,25 @@ class Session:
                    self.slots.table(p.start, p.size)[0].data_ptr(), p.sigma, p.keep, id(p.text))
                   for p in parts]  # fmt: skip
         key = (latents.shape, latents.dtype, predict, *places)
+        run = self.rollout.transformer.run
         if key not in self._graphs:
-            static = latents.clone()
-            run = self.rollout.transformer.run
+            # This run compiles and plans, and it is also the pass itself: a merged pass must not
+            # run twice, since its noisy chunk takes the slots that its clean one has read.
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                run(static, self.slots, parts, predict=predict)  # compiles and plans
+                out = run(latents, self.slots, parts, predict=predict)
             torch.cuda.current_stream().wait_stream(side)
+            static = latents.clone()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = run(static, self.slots, parts, predict=predict)
-            self._graphs[key] = (graph, static, out, parts)
-        graph, static, out, _ = self._graphs[key]
+            with torch.cuda.graph(graph):  # records, without computing anything
+                later = run(static, self.slots, parts, predict=predict)
+            self._graphs[key] = (graph, static, later, parts)
+            return None if out is None else out.clone()  # its memory is the side stream's
+        graph, static, later, _ = self._graphs[key]
         static.copy_(latents)
         graph.replay()
-        return None if out is None else out.clone()
+        return None if later is None else later.clone()
 
 
 class _Prompts:
