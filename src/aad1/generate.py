@@ -83,6 +83,11 @@ class Generate:
     """The blocks' matrices in float8: faster on GPUs that can, and not quite the same video."""
     without: str = ""
     """Parts of the fast path to leave out, such as compile,cudnn; see `aad1 bench --help`."""
+    decoder: Path | None = None
+    """A tiny decoder's file (TAEHV layout, taew2_1) for models with Wan's latents: sooner and
+    softer."""
+    single_pass: bool = False
+    """Without the pass over clean chunks, also for a model that was not trained so."""
     scale: int = 0
     """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
 
@@ -126,6 +131,7 @@ def generate(args: Generate) -> None:
         folder, device=device, dtype=dtype, base=args.base, recipe=args.recipe,
         steps=None if teacher else args.steps, text_cache=args.text_cache, weights=args.weights,
         loras=pair_loras(args.lora, args.lora_scale), offload=args.offload, fast=False,
+        decoder=args.decoder, single_pass=args.single_pass,
     )  # fmt: skip
     _speed_up(pipe, args)
     if pipe.info.stage == "teacher" and args.image is None:
@@ -137,15 +143,15 @@ def generate(args: Generate) -> None:
 
 
 def _speed_up(pipe: Pipeline, args: Generate) -> None:
-    from aad1.fast.config import default_config
+    from aad1.fast.config import asked_config
 
-    if args.plain and (args.fp8 or args.without):
-        raise UserError("--plain leaves the fast path out; --fp8 and --without are parts of it")
     if args.offload and (args.fp8 or args.without):
         raise UserError("--offload leaves the fast path out; --fp8 and --without are parts of it")
-    config = default_config(pipe.device, pipe.transformer.config.width)
-    config = replace(config, fp8=args.fp8).without(*[n for n in args.without.split(",") if n])
-    if not (args.plain or args.offload) and pipe.device.type in ("cuda", "cpu"):
+    config = asked_config(
+        pipe.device, pipe.transformer.config.width, plain=args.plain, fp8=args.fp8,
+        without=args.without,
+    )  # fmt: skip
+    if config is not None and not args.offload:
         pipe.speed_up(config)
 
 

@@ -115,6 +115,9 @@ def model_card(info: ModelInfo, parameters: int) -> str:
         "noise levels": ", ".join(f"{s:.4g}" for s in info.sigmas),
         "chunk, sink, window": f"{info.geometry.chunk}, {info.geometry.sink}, "
         f"{info.geometry.window} latent frames",
+        "passes": "one: the generating pass fills the cache"
+        if info.geometry.single_pass
+        else "one per noise level, and one that fills the cache",
         "weights (sha256)": info.sha256 or "not hashed",
     }
     lineage, parent = [], info.parent

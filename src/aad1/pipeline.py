@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from aad1.errors import UserError
-from aad1.fast.config import FastConfig, default_config
+from aad1.fast.config import FastConfig, default_config, usable
 from aad1.fast.rollout import FastRollout, admits
 from aad1.flags import check_size
 from aad1.media import ImageLike, read_image
@@ -35,6 +35,7 @@ from aad1.models.codec import Codec, DecoderStream, latent_frames, load_codec
 from aad1.models.dit import WanTransformer
 from aad1.models.offload import offload_blocks
 from aad1.models.text import TextEncoder, WordEncoder
+from aad1.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from aad1.models.umt5 import CLASS_NAMES, Umt5Encoder, WeightsChoice
 from aad1.models.wan_codec import WanCodec
 from aad1.models.wan_vae import FastWanVae
@@ -132,6 +133,7 @@ class Pipeline:
         self._fast_rollouts: dict[tuple[object, ...], FastRollout | None] = {}
         self._fast_vae: FastWanVae | None = None
         self._half_codec: CausalCodec | None = None
+        self.tiny_decoder: TinyDecoder | None = None
 
     # -- folders --------------------------------------------------------------------------
 
@@ -150,6 +152,8 @@ class Pipeline:
         weights: str = "",
         offload: bool = False,
         fast: FastConfig | bool | None = None,
+        decoder: str | Path | None = None,
+        single_pass: bool = False,
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
@@ -162,6 +166,8 @@ class Pipeline:
         offload: keep the transformer's blocks in host memory, two at a time on the CUDA device,
             and the prompt encoder there only while it encodes; for models larger than the card.
         fast: stream on the fast path (see `speed_up`), or not; by default on CUDA and the CPU.
+        decoder: a tiny decoder's file, used in place of Wan's own (see `use_tiny_decoder`).
+        single_pass: see `use_single_pass`; a model that was trained so needs no word.
 
         Raises UserError that names the file or key that is wrong.
         """
@@ -172,6 +178,10 @@ class Pipeline:
         pipe = cls._load(
             name, device, dtype, base, recipe, steps, text_cache, loras, weights, offload
         )
+        if single_pass:
+            pipe.use_single_pass()
+        if decoder is not None:
+            pipe.use_tiny_decoder(decoder, dtype)
         on = (pipe.device.type in ("cuda", "cpu") and not offload) if fast is None else fast
         if on:
             pipe.speed_up(on if isinstance(on, FastConfig) else None)
@@ -313,10 +323,13 @@ class Pipeline:
         config: None takes what pays on this device. The weights must not change any more. What
         cannot work here is left out with one warning.
         """
-        width = self.transformer.config.width
-        self._fast = config or default_config(self.device, width)
+        sizes = self.transformer.config.width, self.transformer.config.ffn_dim
+        config = config or default_config(self.device, sizes[0])
+        self._fast = usable(config, self.device, self.info.geometry, *sizes)
         self._fast_rollouts.clear()
         self._fast_vae = self._half_codec = None
+        if self.tiny_decoder is not None:
+            self.tiny_decoder.prepare(self._fast.compile_decoder)
 
     def fast_rollout(self, rollout: Rollout) -> FastRollout | None:
         """`rollout` on the fast path, made once; None without `speed_up`, or with a geometry that
@@ -337,9 +350,44 @@ class Pipeline:
             self._fast_rollouts[key] = made
         return self._fast_rollouts[key]
 
+    def use_single_pass(self) -> None:
+        """Stream without the pass over clean chunks (`ChunkGeometry.single_pass`): a trial, with a
+        warning, unless the model was trained so. UserError for a teacher, which does not stream."""
+        geometry = self.rollout.geometry  # refuses a teacher
+        if geometry.single_pass:
+            return
+        warnings.warn(
+            "this model was trained to read clean chunks: in a single pass it makes another video, "
+            "of a quality that was not measured",
+            stacklevel=2,
+        )
+        self.info = replace(self.info, geometry=replace(geometry, single_pass=True))
+
+    def use_tiny_decoder(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Decode with a tiny decoder in TAEHV's layout from now on: sooner, and softer pictures.
+
+        path: the user's file (`taew2_1`), .pth or .safetensors. It is no part of what
+            `save_pretrained` writes, and whole clips (`Codec.decode`) keep the codec's own decoder.
+
+        UserError unless the codec is Wan 2.1's, or for a file that does not fit.
+        """
+        if not isinstance(self.codec, WanCodec):
+            raise UserError(
+                f"a tiny decoder is for Wan 2.1's latents; this model has those of its own "
+                f"{type(self.codec).__name__}: leave out decoder={path}"
+            )
+        tiny = load_tiny_decoder(path, dtype, self.device)
+        for what in ("latent_channels", "temporal_stride", "spatial_stride"):
+            own, wanted = getattr(tiny, what), getattr(self.codec, what)
+            if own != wanted:
+                raise UserError(f"{path}: {what} is {own}, the model's codec has {wanted}")
+        self.tiny_decoder = tiny.prepare(self._fast is not None and self._fast.compile_decoder)
+
     def decoder_stream(self) -> DecoderStream:
-        """A decoder at the start of a video, as the fast path has it: this package's own of Wan's
-        VAE, or the light codec's in bfloat16."""
+        """A decoder at the start of a video: the tiny one if it was asked for; as the fast path has
+        it, this package's own of Wan's VAE or the light codec's in bfloat16; or the codec's."""
+        if self.tiny_decoder is not None:
+            return self.tiny_decoder.stream()
         if (
             self._fast is not None
             and self._fast.half_decoder
@@ -424,7 +472,8 @@ class Pipeline:
         shape = (1, self.codec.latent_channels, f, height // stride, width // stride)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         latents = self.sample_latents([prompt], noise, sampling, on_step)
-        decoder = self.codec.stream()
+        tiny = self.tiny_decoder
+        decoder = self.codec.stream() if tiny is None else tiny.stream()
         parts = [decoder.decode(part)[0].cpu() for part in latents.split(DECODED_AT_ONCE, 2)]
         return torch.cat(parts)
 
@@ -465,13 +514,15 @@ class Pipeline:
         captions: Sequence[Sequence[str]],
         seeds: Sequence[int],
         chunks: int,
+        rollout: Rollout | FastRollout | None = None,
     ) -> torch.Tensor:
         """A batch of rollouts, image latents included: [B, C, 1 + n x chunk, h, w].
 
         images: latents [B, C, 1, h, w]; captions: per clip, one prompt per chunk as in
         `aad1.data.batch.Clips` (the last one repeats). Sample b equals the stream of its seed.
+        rollout: another than the plain one.
         """
-        rollout = self.rollout
+        rollout = rollout or self.rollout
         shape = (images.shape[1], images.shape[3], images.shape[4])
         noise = seeded_noise(seeds, rollout.geometry, shape, images.device)
 

@@ -43,12 +43,13 @@ class Stream:
         if image is None:
             width, height = pipeline.check_size(size)
             stride = codec.spatial_stride
-            self._shape = (codec.latent_channels, height // stride, width // stride)
+            self.shape = (codec.latent_channels, height // stride, width // stride)
         else:
             # A model trained to make its first chunk takes an image in its place.
             rollout = replace(rollout, geometry=replace(rollout.geometry, first=1))
-            self._shape = (image.shape[1], image.shape[3], image.shape[4])
+            self.shape = (image.shape[1], image.shape[3], image.shape[4])
         self.rollout = rollout
+        """As it is for this video: one that begins with an image has a first chunk of one frame."""
         self.chunks: int | None = None
         self.decode_seconds = 0.0
         self.prompt = prompt
@@ -86,7 +87,7 @@ class Stream:
     def noise(self) -> Noise:
         """The noise of this stream's seed, for any chunk."""
         device = self.pipeline.device
-        return seeded_noise([self.seed], self.rollout.geometry, self._shape, device)
+        return seeded_noise([self.seed], self.rollout.geometry, self.shape, device)
 
     def latents(self) -> Iterator[torch.Tensor]:
         """Clean latents chunk by chunk, without the image, not decoded."""
@@ -101,9 +102,9 @@ class Stream:
         """The device has its next work, the cache pass, before the host waits for the frames."""
         pipe = self.pipeline
         decoder = pipe.decoder_stream()
-        _, height, width = self._shape
+        _, height, width = self.shape
         session = fast.session(1, height, width)
-        noise = seeded_noise([self.seed], fast.geometry, self._shape, pipe.device)
+        noise = seeded_noise([self.seed], fast.geometry, self.shape, pipe.device)
         sent = Handover(pipe.device)
         before = []
         try:
@@ -129,7 +130,7 @@ class Stream:
             fast.release(session)
 
     def _run_plain(self) -> Iterator[torch.Tensor]:
-        decoder: DecoderStream = self.pipeline.codec.stream()
+        decoder: DecoderStream = self.pipeline.decoder_stream()
         before = [] if self.image is None else [self.image]
         for x0 in self.latents():
             yield self._decode(decoder, torch.cat([*before, x0], 2))

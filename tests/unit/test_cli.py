@@ -158,6 +158,37 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     assert sorted(work.iterdir()) == before
 
 
+def test_a_trial_without_the_cache_pass_is_warned_of_in_one_line(
+    model: Path, picture: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", model, "--image", picture, "--chunks", 2, "--out", tmp_path / "out.mp4")
+    with pytest.warns(UserWarning, match="trained to read clean chunks") as caught:
+        assert run("generate", *flags, "--single-pass") == 0
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_without_cuda_nothing_is_begun(
+    model: Path, picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "out.mp4"
+    flags = ("--model", model, "--image", picture, "--out", out)
+    assert "no CUDA device is available" in refused(capsys, "generate", *flags, "--device", "cuda")
+    err = refused(capsys, "generate", *flags, "--device", "cpu", "--offload")
+    assert "offload is for CUDA devices" in err
+    assert not out.exists()
+    assert run("generate", *flags, "--device", "auto", "--chunks", 1) == 0
+
+
+def test_a_decoder_of_another_models_latents_is_one_line(
+    model: Path, picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out.mp4"
+    err = refused(capsys, "generate", "--model", model, "--image", picture, "--out", out,
+                  "--decoder", tmp_path / "tiny.pth")  # fmt: skip
+    assert "a tiny decoder is for Wan 2.1's latents" in err and not out.exists()
+
+
 def test_a_damaged_model_is_one_line_and_leaves_no_file(
     model: Path, picture: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -26,6 +26,9 @@ class BenchConfig:
     """Latent frames visible to a chunk in all."""
     steps: int = 1
     """Noise levels per chunk: 1, 2 or 4."""
+    single_pass: bool = False
+    """Without the cache pass: the generating pass's own K and V are kept. Of a model that was not
+    trained so this makes another video."""
     chunks: int = 20
     """Chunks measured, once the window is full."""
     device: str = "auto"
@@ -50,5 +53,8 @@ class BenchConfig:
     """Measure one pass per chunk for offline generation too."""
     no_decode: bool = False
     """Leave the decoder out."""
+    decoder: str = ""
+    """A tiny decoder's file (TAEHV layout), or "random" for one with random weights; the baseline
+    keeps the codec's own."""
     json: Path | None = None
     """File for the figures."""

@@ -69,10 +69,11 @@ class PlainVideo:
         self._state: State = self._rollout.prefill(image, text)
 
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
-        return self._rollout.generate(self._state, text, noise).x0
+        self._step = self._rollout.generate(self._state, text, noise)
+        return self._step.x0
 
     def commit(self, x0: torch.Tensor, text: torch.Tensor) -> None:
-        self._state = self._rollout.commit(self._state, x0, text)
+        self._state = self._rollout.after(self._state, self._step, text)
 
 
 class FastVideo:
@@ -269,6 +270,8 @@ def decode_errors(
 
 
 def _decoder(subject: Subject, fast: FastConfig | None) -> Callable[[], DecoderStream]:
+    if fast is not None and subject.tiny_decoder is not None:
+        return subject.tiny_decoder.prepare(fast.compile_decoder).stream
     if fast is not None and fast.half_decoder and subject.half_decoder is not None:
         return subject.half_decoder
     if fast is None or not fast.decoder or subject.fast_vae is None:

@@ -18,7 +18,7 @@ from aad1.atomic import replace_file
 from aad1.bench import report
 from aad1.bench.config import BenchConfig
 from aad1.bench.measure import decode_errors, measure, measure_merged
-from aad1.bench.subject import SIZES, Subject, folder_subject, random_subject
+from aad1.bench.subject import SIZES, Subject, folder_subject, random_subject, with_tiny_decoder
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
 from aad1.fast.config import FastConfig, default_config, usable
@@ -40,11 +40,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     subject = _subject(config, size, device, dtype)
+    if config.decoder and not config.no_decode:
+        subject = with_tiny_decoder(subject, config.decoder, config.seed)
     fast = _switches(config, device, subject.model.config.width)
     if not admits(subject.geometry):
         raise UserError(f"the fast path needs relative positions, got {subject.geometry}")
     with _one_line_warnings():
-        fast = usable(fast, device, subject.geometry, subject.model.config.width)
+        sizes = subject.model.config.width, subject.model.config.ffn_dim
+        fast = usable(fast, device, subject.geometry, *sizes)
     variants: dict[str, FastConfig | None] = {"fast": fast}
     if config.baseline:
         variants = {"baseline": None, **variants}
@@ -52,6 +55,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         idle = set()  # parts that this subject has no use for
         if config.no_decode or subject.fast_vae is None:
             idle |= {"decoder", "compile_decoder"}
+        if subject.tiny_decoder is not None:
+            idle.add("decoder")
         if config.no_decode or subject.half_decoder is None:
             idle.add("half_decoder")
         names = [f.name for f in fields(FastConfig) if f.name not in idle]
@@ -85,7 +90,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "difference_to": reference,
         "results": results,
     }
-    if not config.no_decode and subject.fast_vae is not None and dtype != torch.float32:
+    own = subject.fast_vae is not None and subject.tiny_decoder is None
+    if not config.no_decode and own and dtype != torch.float32:
         out["decode_error"] = decode_errors(subject, fast, config.seed)
     report.show(out)
     if config.json is not None:
@@ -113,11 +119,13 @@ def _subject(
 ) -> Subject:
     name = config.model.lower()
     if name not in SIZES:
-        return folder_subject(config.model, size, device, dtype)
+        return folder_subject(config.model, size, device, dtype, config.single_pass)
     # Imported here: a model folder has levels of its own.
     from aad1.wan_folder import few_step_sigmas
 
-    geometry = ChunkGeometry(chunk=config.chunk, sink=config.sink, window=config.window)
+    geometry = ChunkGeometry(
+        chunk=config.chunk, sink=config.sink, window=config.window, single_pass=config.single_pass
+    )
     default = (64, 48) if name == "tiny" else (832, 480)
     return random_subject(
         name, geometry, few_step_sigmas(config.steps), size or default, device, dtype, config.seed

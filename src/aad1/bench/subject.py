@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from aad1.errors import UserError
 from aad1.models.causal_codec import CausalCodec
 from aad1.models.codec import Codec, DecoderStream
 from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from aad1.models.wan_vae import FastWanVae, WanVaeConfig
 
 TEXT_ROWS = 512  # of Wan's prompts, padding included
@@ -50,6 +51,8 @@ class Subject:
     half_decoder: Callable[[], DecoderStream] | None
     encode_text: Callable[[], object] | None
     notes: tuple[str, ...]
+    tiny_decoder: TinyDecoder | None = None
+    """What the fast path decodes with, if it is asked for."""
 
 
 def fill(module: nn.Module, device: torch.device, seed: int) -> None:
@@ -112,12 +115,18 @@ def random_subject(
 
 
 def folder_subject(
-    name: str, size: tuple[int, int] | None, device: torch.device, dtype: torch.dtype
+    name: str,
+    size: tuple[int, int] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    single_pass: bool = False,
 ) -> Subject:
     """A pipeline folder or packaged model, with its own geometry and noise levels."""
     from aad1.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(name, device=device, dtype=dtype, fast=False)
+    if single_pass:
+        pipe.use_single_pass()
     rollout = pipe.rollout
     width, height = pipe.check_size(size)
     codec: Codec = pipe.codec
@@ -139,6 +148,25 @@ def folder_subject(
         encode_text=lambda: pipe.encode_prompt(prompt),
         notes=(f"{name}, {count(pipe.transformer)} parameters",),
     )  # fmt: skip
+
+
+def with_tiny_decoder(subject: Subject, decoder: str, seed: int) -> Subject:
+    """The subject with a tiny decoder from that file, or with "random" weights.
+
+    UserError for a file that does not fit, or latents that are not Wan's.
+    """
+    model = subject.model
+    if subject.fast_vae is None:
+        raise UserError(f"a tiny decoder is for Wan 2.1's latents: leave out decoder={decoder}")
+    if decoder == "random":
+        with torch.device("meta"):
+            tiny = TinyDecoder().to(model.dtype)
+        fill(tiny, model.device, seed)
+        tiny.eval().requires_grad_(False)
+    else:
+        tiny = load_tiny_decoder(decoder, model.dtype, model.device)
+    note = f"tiny decoder, {decoder}, {count(tiny)} parameters"
+    return replace(subject, tiny_decoder=tiny, notes=(*subject.notes, note))
 
 
 def _any_prompt(pipe: Any) -> str:

@@ -28,6 +28,9 @@ class ChunkGeometry:
     """Latent frames of chunk 0; 1 where chunk 0 is the conditioning image."""
     relative: bool = True
     """Positions count from the start of the visible set (True) or of the video (False)."""
+    single_pass: bool = False
+    """Later chunks read the K and V of the pass that made a chunk, not those of a further pass over
+    its clean frames: half the passes, of a model that was trained so. An image has a clean pass."""
 
     def __post_init__(self) -> None:
         for name in ("chunk", "sink", "window", "first"):

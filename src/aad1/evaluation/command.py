@@ -24,6 +24,7 @@ class Evaluate:
 
     Two folders: aad1 evaluate GENERATED REAL
     A model:     aad1 evaluate --model doom --quick
+    Float8:      aad1 evaluate --model doom --quick --fp8-gate
 
     Writes evaluation.json, videos.csv and report.html (one file, nothing else needed).
     """
@@ -56,6 +57,9 @@ class Evaluate:
     samples: int | None = None
     """Samples of each of them; 8, or 4 if quick."""
     seed: int = 0
+    fp8_gate: bool = False
+    """Roll out 64 videos (--clips) in float8 and without instead, and say whether motion and both
+    Fréchet distances stay within 10%; exit code 1 if they do not."""
     validate: bool = False
     """Apply the eleven corruptions to real clips of sprites instead, and write the table of what
     each metric sees."""
@@ -79,6 +83,9 @@ def evaluate(args: Evaluate) -> None:
         from aad1.evaluation.folders import evaluate_folders
 
         result = evaluate_folders(args.folders[0], args.folders[1], device)
+    elif args.fp8_gate:
+        _gate(args)
+        return
     else:
         result = _model(args)
     paths = result.write(args.out)
@@ -104,6 +111,8 @@ def _check(args: Evaluate) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name):g}"
             )
+    if args.fp8_gate and args.model is None:
+        raise UserError("--fp8-gate is of a model: give --model NAME")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file, expected a folder")
 
@@ -138,6 +147,35 @@ def _model(args: Evaluate) -> Result:
             print(what, file=sys.stderr, flush=True)
 
         return evaluate_model(pipe, world, plan, tell)
+
+
+def _gate(args: Evaluate) -> None:
+    """Print and write the gate's figures. SystemExit(1) if float8 does not pass."""
+    import json
+    import sys
+
+    from aad1.atomic import replace_file
+    from aad1.evaluate.frechet import LEAST_VIDEOS
+    from aad1.evaluation.gate import fp8_gate
+    from aad1.pipeline import Pipeline, pick_device
+
+    assert args.model is not None
+    clips = 64 if args.clips is None else args.clips
+    pipe = Pipeline.from_pretrained(args.model, device=pick_device(args.device), fast=False)
+    world = real_world(args, pipe, min(clips, LEAST_VIDEOS) if args.quick else clips)
+
+    def tell(what: str) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    gate = fp8_gate(pipe, world, clips=clips, seed=args.seed, tell=tell)
+    path = args.out / "fp8_gate.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(gate.record(), indent=2) + "\n", encoding="utf-8")
+    print("\n".join(gate.lines()))
+    print(f"written: {path}")
+    if gate.failures():
+        raise SystemExit(1)
 
 
 def real_world(args: Evaluate, pipe: Pipeline, clips: int) -> RealWorld:

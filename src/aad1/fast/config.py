@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import warnings
 from dataclasses import dataclass, fields, replace
 
@@ -78,13 +80,33 @@ def default_config(device: torch.device, width: int) -> FastConfig:
     )
 
 
+def asked_config(
+    device: torch.device, width: int, *, plain: bool, fp8: bool, without: str
+) -> FastConfig | None:
+    """What the flags --plain, --fp8 and --without (names with commas) ask for; None: no fast path.
+
+    UserError for a name that is none, or for --plain beside parts of what it leaves out.
+    """
+    if plain and (fp8 or without):
+        raise UserError("--plain leaves the fast path out; --fp8 and --without are parts of it")
+    config = replace(default_config(device, width), fp8=fp8)
+    config = config.without(*[name for name in without.split(",") if name])
+    if config.fp8 and device.type != "cuda":
+        warnings.warn(
+            f"float8 gains no time on a {device.type} device: it is computed by its reference "
+            "formula, slower than without --fp8",
+            stacklevel=2,
+        )
+    return None if plain or device.type not in ("cuda", "cpu") else config
+
+
 def usable(
-    config: FastConfig, device: torch.device, geometry: ChunkGeometry, width: int
+    config: FastConfig, device: torch.device, geometry: ChunkGeometry, width: int, ffn_dim: int = 0
 ) -> FastConfig:
     """`config` without the parts that cannot work here, with one warning that names them.
 
-    width: of the transformer. Parts that mean nothing off CUDA are dropped without a word only
-    if they are the defaults of a CUDA device (`default_config` leaves them out elsewhere).
+    width, ffn_dim: of the transformer. Parts that mean nothing off CUDA are dropped without a word
+    only if they are the defaults of a CUDA device (`default_config` leaves them out elsewhere).
     """
     lost: dict[str, str] = {}
     cuda = device.type == "cuda"
@@ -98,12 +120,12 @@ def usable(
         lost["graph"] = f"the window holds {past} past frames, more than a chunk"
     if config.triton and not (has_triton and (cuda or triton_interprets())):
         lost["triton"] = "Triton is not installed" if not has_triton else "it needs cuda"
-    if cuda and not has_triton:
-        for name in ("compile", "compile_decoder"):
-            if getattr(config, name):
-                lost[name] = "the compiler needs Triton, which is not installed"
+    reason = compiler_fails(device, has_triton) if cuda else ""
+    for name in ("compile", "compile_decoder", "triton"):
+        if reason and getattr(config, name):
+            lost.setdefault(name, reason)
     if config.fp8:
-        reason = fp8_fails(device, width)
+        reason = fp8_fails(device, width, ffn_dim)
         if reason:
             lost["fp8"] = reason
     if lost:
@@ -115,6 +137,19 @@ def usable(
     return config.without(*lost)
 
 
+def compiler_fails(device: torch.device, has_triton: bool) -> str:
+    """Why kernels cannot be compiled for a CUDA device, or "" if they can: known before a video."""
+    if not has_triton:
+        return "the compiler needs Triton, which is not installed"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (7, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"Triton needs compute capability 7.0, this GPU has {major}.{minor}"
+    compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    if os.name == "posix" and not any(shutil.which(name) for name in compilers if name):
+        return "Triton needs a C compiler, and neither gcc nor clang is installed"
+    return ""
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; elsewhere it is emulated and slow."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -123,8 +158,6 @@ def multiplies_bfloat16() -> bool:
 
 def triton_interprets() -> bool:
     """Whether Triton's kernels are interpreted on the CPU (TRITON_INTERPRET=1: for tests)."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -135,12 +168,13 @@ def one_past_chunk(geometry: ChunkGeometry) -> bool:
     return (geometry.relative or not geometry.sink) and past <= geometry.chunk
 
 
-def fp8_fails(device: torch.device, width: int) -> str:
+def fp8_fails(device: torch.device, width: int, ffn_dim: int = 0) -> str:
     """Why row-wise float8 matrix products do not work here, or "" if they do (one is tried)."""
     from aad1.fast.ops import fp8_product, quantise_rows
 
-    if width % 16:
-        return f"a width of {width} is not a multiple of 16"
+    for what, size in (("width", width), ("feed-forward width", ffn_dim)):
+        if size % 16:
+            return f"a {what} of {size} is not a multiple of 16"
     if device.type != "cuda":
         return ""  # computed by the reference formula: slow, for tests
     try:

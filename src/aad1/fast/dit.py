@@ -96,12 +96,17 @@ class Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One chunk in a pass: where it stands, its noise level, and its prompt's K and V by layer."""
+    """One chunk in a pass: where it stands, its noise level, and its prompt's K and V by layer.
+
+    keep: its own K and V are those that later chunks read, although it is the last of a pass that
+    predicts.
+    """
 
     start: int
     size: int
     sigma: float
     text: list[KV]
+    keep: bool = False
 
 
 def before_attention(
@@ -260,7 +265,7 @@ class FastTransformer:
         slots.prepare(first.start, first.size, final.start + final.size)
         if len(parts) == 1:
             slots.turn_sink(first.start, first.size)
-        places = [_Place(slots, p, keep=not predict or p is not final) for p in parts]
+        places = [_Place(slots, p, p.keep or not predict or p is not final) for p in parts]
         tables = _tables(places)
         levels = [self.modulation(p.sigma) for p in parts]
         sizes = tuple(p.size for p in parts)

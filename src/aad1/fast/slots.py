@@ -181,3 +181,15 @@ class Slots:
         turned = self.positions.turn(self.sink_raw[at, :, :count], moved)
         self.k[at, :, :count, ..., : self._time] = turned
         self._sink_shift = shift
+
+    # -- going back -----------------------------------------------------------------------
+
+    def turn_slot(self, slot: int, positions: int) -> None:
+        """Turn the keys in a slot of the ring on by so many positions (may be < 0)."""
+        keys = self.k[:, :, slot : slot + 1, ..., : self._time]
+        keys.copy_(self.positions.turn(keys, [positions]))
+
+    def move_base(self, base: int) -> None:
+        """Count positions from another frame; the ring's keys have been turned to it."""
+        self.base = base
+        self._sink_shift = None

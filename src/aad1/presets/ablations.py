@@ -1,4 +1,4 @@
-"""The paper's ablations of a chain of stages, the same for every small world."""
+"""The paper's ablations of a chain of stages and a variant, the same for every small world."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ TWO_STEPS = (1.0, 0.8333333333333334)
 
 
 def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experiment]:
-    """Discriminator (causal or not, per frame or video), no warm-up, penalty weights, two steps.
+    """Discriminator (causal or not, per frame or video), no warm-up, penalty weights; and all three
+    stages with two steps, and for a single pass per chunk.
 
-    Named after the stage: <world>-aad-causal_frame, <world>-dmd-two_steps, ...
+    Named after the stage: <world>-aad-causal_frame, <world>-dmd-two_steps, <world>-ode-single, ...
     """
     assert isinstance(aad.stage, AdversarialConfig)
     runs = []
@@ -32,8 +33,12 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
         stage = replace(aad.stage, penalty_weight=float(weight))
         runs.append(replace(aad, name=f"{aad.name}-penalty_{weight}", stage=stage))
     for run in (ode, dmd, aad):
-        steps = replace(run, name=f"{run.name}-two_steps", sigmas=TWO_STEPS)
-        if run.init:
-            steps = replace(steps, init=Path(f"{run.init.parent}-two_steps") / run.init.name)
-        runs.append(steps)
+        two = replace(run, name=f"{run.name}-two_steps", sigmas=TWO_STEPS)
+        geometry = replace(run.geometry, single_pass=True)
+        single = replace(run, name=f"{run.name}-single", geometry=geometry)
+        for variant, suffix in ((two, "two_steps"), (single, "single")):
+            if run.init:  # each stage goes on from the one before it of its own kind
+                init = Path(f"{run.init.parent}-{suffix}") / run.init.name
+                variant = replace(variant, init=init)
+            runs.append(variant)
     return runs

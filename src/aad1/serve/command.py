@@ -50,6 +50,15 @@ class Serve:
     threads: int = 0
     """CPU threads of the network; 0 takes all cores but one, which is left to the server and to the
     browser: networks that share their last core with them become slow and uneven."""
+    plain: bool = False
+    """Without the fast path, which is on by default on cuda and cpu."""
+    fp8: bool = False
+    """The blocks' matrices in float8: faster on GPUs that can, and not quite the same video."""
+    without: str = ""
+    """Parts of the fast path to leave out, such as compile,cudnn; see `aad1 bench --help`."""
+    decoder: Path | None = None
+    """A tiny decoder's file (TAEHV layout, taew2_1) for models with Wan's latents: sooner and
+    softer."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach needs --token."""
     port: int = 8000
@@ -106,6 +115,7 @@ def _check_packages() -> None:
 def _app(args: Serve, token: bool = True) -> FastAPI:
     import torch
 
+    from aad1.fast.config import asked_config
     from aad1.pipeline import Pipeline, find_model, pick_device, read_info
     from aad1.serve.facts import read_facts
     from aad1.serve.guard import Limits
@@ -133,10 +143,16 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     pipeline = Pipeline.from_pretrained(
         folder, device=device, dtype=torch.bfloat16 if half else torch.float32, base=args.base,
         recipe=args.recipe, text_cache=args.text_cache, steps=args.steps, weights=args.weights,
-        loras=loras,
+        loras=loras, decoder=args.decoder, fast=False,
     )  # fmt: skip
     width, height = pipeline.check_size(size)
     pipeline.info = replace(pipeline.info, width=width, height=height)
+    fast = asked_config(
+        device, pipeline.transformer.config.width, plain=args.plain, fp8=args.fp8,
+        without=args.without,
+    )  # fmt: skip
+    if fast is not None:
+        pipeline.speed_up(fast)
     facts = read_facts(Path(args.model).name, pipeline)
     return create_app(
         PipelineModel(pipeline), facts, limits, token=args.token if token else None, pack=pack

@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from aad1.fast.rollout import FastRollout
+from aad1.fast.timeline import Place, Timeline
 from aad1.media import ImageLike
 from aad1.models.codec import DecoderStream
 from aad1.models.text import WordEncoder, split_words
 from aad1.pipeline import Pipeline
-from aad1.rollout.stream import Noise, Rollout, State
+from aad1.rollout.stream import Noise, Rollout, State, Step
 
 Pixels = npt.NDArray[np.uint8]
 Text = Any
@@ -59,48 +61,107 @@ class LiveModel(Protocol):
         ...
 
 
+class Video(Protocol):
+    """One video's generator. Places between its chunks are opaque; each may be continued again."""
+
+    def begin(self, image: torch.Tensor | None, text: torch.Tensor) -> Any:
+        """The place before the first chunk; the image is written to the cache with its prompt."""
+        ...
+
+    def generate(self, place: Any, text: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Clean latents of the chunk after a place, and what `commit` wants of it."""
+        ...
+
+    def commit(self, place: Any, made: Any, text: torch.Tensor) -> Any:
+        """The place after a chunk that was generated at `place` with the prompt `text`."""
+        ...
+
+
+class PlainVideo:
+    """On the plain path: places are immutable states."""
+
+    def __init__(self, rollout: Rollout, noise: Noise) -> None:
+        self._rollout, self._noise = rollout, noise
+
+    def begin(self, image: torch.Tensor | None, text: torch.Tensor) -> State:
+        return State() if image is None else self._rollout.prefill(image, text)
+
+    def generate(self, place: State, text: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        step = self._rollout.generate(place, text, self._noise)
+        return step.x0, step
+
+    def commit(self, place: State, made: Step, text: torch.Tensor) -> State:
+        return self._rollout.after(place, made, text)
+
+
+FastPlace = tuple[Timeline, Place]
+
+
+class FastVideo:
+    """On the fast path: the same chunks to rounding. Each beginning has a cache of its own."""
+
+    def __init__(self, rollout: FastRollout, noise: Noise, shape: tuple[int, int, int]) -> None:
+        self._rollout, self._noise, self._size = rollout, noise, shape[1:]
+
+    def begin(self, image: torch.Tensor | None, text: torch.Tensor) -> FastPlace:
+        timeline = Timeline(self._rollout, 1, *self._size)
+        return timeline, timeline.begin(image, text)
+
+    def generate(
+        self, place: FastPlace, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | Place]:
+        timeline, at = place
+        x0 = timeline.generate(at, text, self._noise)
+        if self._rollout.geometry.single_pass:  # what it left in the cache would not last
+            return x0, timeline.commit(at, x0, text)
+        return x0, x0
+
+    def commit(self, place: FastPlace, made: torch.Tensor | Place, text: torch.Tensor) -> FastPlace:
+        timeline, at = place
+        return timeline, made if isinstance(made, Place) else timeline.commit(at, made, text)
+
+
 class Point:
     """Where a video stands between two chunks.
 
-    A value as far as users can see: states and decoders are never written to. Only the cache pass
-    of the chunk before it is put off until someone asks, so that frames can be handed over first.
+    A value as far as users can see: what was reached is never written to. Only the cache pass of
+    the chunk before it is put off until someone asks, so that frames can be handed over first.
     """
 
     def __init__(
         self,
-        rollout: Rollout,
-        noise: Noise,
-        before: State,
-        x0: torch.Tensor | None,
-        text: torch.Tensor | None,
+        video: Video,
         decoder: DecoderStream,
+        image: torch.Tensor | None = None,
+        last: tuple[Any, Any, torch.Tensor] | None = None,
     ) -> None:
-        """x0: the chunk (or image) that `before` lacks; text: its prompt, None for an image,
-        which is written to the cache with the prompt of the first chunk."""
-        self.rollout, self.noise, self.decoder = rollout, noise, decoder
-        self.before, self.x0, self.text = before, x0, text
-        self._state: State | None = before if x0 is None else None
+        """image: latents that the video begins with, if it does and this is the beginning.
+        last: the arguments of `Video.commit` for the chunk before; None at the beginning."""
+        self.video, self.decoder, self.image = video, decoder, image
+        self.is_start = last is None
+        self._last, self._place = last, None
         self._lock = threading.Lock()
 
-    @property
-    def is_image(self) -> bool:
-        return self.x0 is not None and self.text is None
+    def place(self, text: torch.Tensor) -> Any:
+        """For a next chunk with the prompt `text`."""
+        if self.is_start:
+            return self.video.begin(self.image, text)
+        self.settle()
+        return self._place
 
-    def state(self, text: torch.Tensor) -> State:
-        """The rollout's state here, for a next chunk with the prompt `text`."""
-        if self.is_image:
-            assert self.x0 is not None
-            return self.rollout.commit(self.before, self.x0, text)
+    def settle(self) -> None:
+        """The cache pass, unless it is done or this is the beginning."""
         with self._lock:
-            if self._state is None:
-                assert self.x0 is not None and self.text is not None
-                self._state = self.rollout.commit(self.before, self.x0, self.text)
-                self.x0 = self.text = None  # no longer needed
-            return self._state
+            if self._last is not None:
+                self._place = self.video.commit(*self._last)
+                self._last = None  # no longer needed
 
 
 class PipelineModel:
-    """A `LiveModel` of a pipeline. The frames of equal prompts equal those of `Pipeline.stream`."""
+    """A `LiveModel` of a pipeline, on the fast path where the pipeline is.
+
+    The frames of equal prompts equal those of `Pipeline.stream`.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         """UserError for a teacher, which cannot stream."""
@@ -123,26 +184,28 @@ class PipelineModel:
     def begin(self, image: ImageLike | None, seed: int) -> Point:
         """UserError for a bad image, or none where the model needs one."""
         stream = self.pipeline.stream(image, "", seed=seed)
-        decoder = self.pipeline.codec.stream()
-        return Point(stream.rollout, stream.noise(), State(), stream.image, None, decoder)
+        decoder = self.pipeline.decoder_stream()
+        fast = self.pipeline.fast_rollout(stream.rollout)
+        video: Video = PlainVideo(stream.rollout, stream.noise())
+        if fast is not None:
+            video = FastVideo(fast, stream.noise(), stream.shape)
+        return Point(video, decoder, image=stream.image)
 
     @torch.inference_mode()
     def generate(self, point: Point, text: torch.Tensor) -> Made:
         began = time.perf_counter()
-        image = point.x0 if point.is_image else None
-        state = point.state(text)
-        x0 = point.rollout.generate(state, text, point.noise).x0
+        place = point.place(text)
+        x0, made = point.video.generate(place, text)
         if x0.is_cuda:
             torch.cuda.synchronize(x0.device)  # or the decoder would be charged for the passes
         generated = time.perf_counter()
         decoder = point.decoder.fork()
-        latents = x0 if image is None else torch.cat([image, x0], 2)
+        latents = x0 if point.image is None else torch.cat([point.image, x0], 2)
         frames = decoder.decode(latents)[0].cpu().numpy()
         seconds = {"dit": generated - began, "decode": time.perf_counter() - generated}
-        after = Point(point.rollout, point.noise, state, x0, text, decoder)
+        after = Point(point.video, decoder, last=(place, made, text))
         return Made(frames, after, seconds)
 
     @torch.inference_mode()
     def settle(self, point: Point) -> None:
-        if not point.is_image and point.text is not None:
-            point.state(point.text)
+        point.settle()

@@ -117,7 +117,7 @@ def rollout(config: WanConfig, clip: Clip, geometry: ChunkGeometry, steps: float
         plan = cached(geometry, geometry.kept(start, size), start, size)
         if i:
             total += transformer(config, clip, plan, prompts=1) * steps
-        if i < chunks - 1:
+        if i < chunks - 1 and not (i and geometry.single_pass):
             total += cache_pass(config, clip, plan)
     return total
 

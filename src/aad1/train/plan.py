@@ -227,8 +227,10 @@ def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> 
     if isinstance(e.stage, OdeInitConfig):
         frames = clip.frames
         causal = block_causal(geometry, frames)
-        if e.stage.context == "teacher_forcing":
-            context = costs.cache_pass(student, clip, causal, prompts=frames)
+        apart = geometry.single_pass and len(e.sigmas) > 1  # context and chunks in two passes
+        if e.stage.context == "teacher_forcing" or apart:
+            levels = frames if apart else 1
+            context = costs.cache_pass(student, clip, causal, prompts=frames, levels=levels)
             noisy = parallel_chunks(geometry, frames, frames, 1)
             rest = costs.transformer(
                 student, clip, noisy, prompts=frames - geometry.first,

@@ -74,6 +74,38 @@ def test_a_slower_stage_is_seen_where_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert out["results"]["fast"]["stages"]["cache pass"]["median"] < 300
 
 
+def test_a_tiny_decoder_takes_the_place_of_wans_own(tmp_path: Path) -> None:
+    from aad1.models.tiny_decoder import TinyDecoder
+
+    torch.save(TinyDecoder((8, 8, 8, 8)).state_dict(), tmp_path / "tiny.pth")
+    config = BenchConfig(**SMALL, baseline=True, decoder=str(tmp_path / "tiny.pth"))  # type: ignore[arg-type]
+    out = bench(config)
+    assert "decode" in out["results"]["fast"]["stages"]
+    assert any("tiny decoder" in note for note in out["notes"])
+    random = bench(BenchConfig(**SMALL, decoder="random", dtype="bfloat16"))  # type: ignore[arg-type]
+    assert "tiny decoder, random, 9.8M parameters" in random["notes"]
+    assert "decode_error" not in random  # random weights decode something else
+    with pytest.raises(UserError, match="does not exist"):
+        bench(BenchConfig(**SMALL, decoder="nowhere.pth"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a tiny decoder is for Wan 2.1's latents"):
+        bench(BenchConfig(model="sprites", chunks=1, device="cpu", decoder="random"))
+
+
+def test_a_single_pass_has_no_cache_pass() -> None:
+    config = BenchConfig(**SMALL, baseline=True, no_decode=True, single_pass=True)  # type: ignore[arg-type]
+    out = bench(config)
+    assert out["geometry"]["single_pass"]
+    for result in out["results"].values():
+        stages = result["stages"]
+        assert stages["cache pass"]["median"] < 0.2 * stages["generate pass"]["median"]
+    assert out["results"]["fast"]["difference"] < 1e-5
+    with pytest.warns(UserWarning, match="trained to read clean chunks"):
+        sprites = bench(
+            BenchConfig(model="sprites", chunks=1, device="cpu", no_decode=True, single_pass=True)
+        )
+    assert sprites["geometry"]["single_pass"]
+
+
 def test_statistics_are_nearest_ranks() -> None:
     assert _statistics([float(i) for i in range(11)]) == {"median": 5.0, "p90": 9.0}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
 from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
-PICTURE = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 EARLY = FastConfig(compile=False, compile_decoder=False, cudnn=False, early=True)
 
 
@@ -56,10 +57,10 @@ def test_when_the_cache_pass_is_launched(
     tiny_pipeline: Build, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    for name in ("generate", "commit"):
+    for name, event in (("generate", "generate"), ("_cache_pass", "commit")):
         plain = getattr(Session, name)
 
-        def note(self: Session, *args: object, _p: Callable = plain, _n: str = name) -> object:
+        def note(self: Session, *args: object, _p: Callable = plain, _n: str = event) -> object:
             events.append(_n)
             return _p(self, *args)
 
@@ -76,6 +77,27 @@ def test_when_the_cache_pass_is_launched(
     pipe(PICTURE, "left", num_chunks=2)
     chunk = ["generate", "commit", "frames"] if early else ["generate", "frames", "commit"]
     assert events == ["commit", *chunk, "generate", "frames"]  # and none after the last
+
+
+def test_a_decoder_is_not_compiled_where_that_cannot_work(
+    tiny_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left out is left out of the decoder too: once, with one warning."""
+    pytest.importorskip("diffusers")
+    from aad1.fast import config as config_module
+    from aad1.models.wan_codec import WanCodec
+
+    torch.manual_seed(0)
+    pipe = tiny_pipeline(codec=WanCodec.from_config(base_dim=8, num_res_blocks=1), size=32)
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.warns(UserWarning, match="compile_decoder .the compiler needs Triton") as caught:
+        pipe.speed_up(FastConfig(compile=False, cudnn=False, early=False))
+    assert len(caught) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    pipe.decoder_stream()
+    pipe(PICTURE.repeat(2, 0).repeat(2, 1), "left", num_chunks=1)
 
 
 def test_a_geometry_it_does_not_know_streams_plainly_with_a_warning(tiny_pipeline: Build) -> None:

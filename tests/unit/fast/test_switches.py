@@ -145,6 +145,86 @@ def test_an_older_gpu_without_float8_is_seen_before_the_first_chunk(
     assert "more" not in reason
 
 
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "machine,why",
+    [
+        ("no Triton", "needs Triton, which is not installed"),
+        ("old GPU", "compute capability 7.0, this GPU has 6.1"),
+        ("no C compiler", "needs a C compiler, and neither gcc nor clang is installed"),
+    ],
+)
+def test_a_machine_that_cannot_compile_is_seen_before_the_first_chunk(
+    machine: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = config_module.importlib.util.find_spec
+    there = machine != "no Triton"
+    monkeypatch.setattr(
+        config_module.importlib.util, "find_spec",
+        lambda name, *a: object() if name == "triton" and there else
+        None if name == "triton" else find(name, *a),
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capability = (6, 1) if machine == "old GPU" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    compiler = None if machine == "no C compiler" else "/usr/bin/gcc"
+    monkeypatch.setattr(config_module.shutil, "which", lambda name: compiler)
+    asked = FastConfig(triton=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = usable(asked, CUDA, ChunkGeometry(), 1536)
+    (message,) = [str(w.message) for w in caught]
+    assert (
+        "\n" not in message
+        and "compile, compile_decoder" in message
+        and why
+        in (
+            message
+            if machine != "no Triton"
+            else message.replace("Triton is", "needs Triton, which is")
+        )
+    )
+    assert got == asked.without("compile", "compile_decoder", "triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and no second warning for what was left out already
+        assert usable(got, CUDA, ChunkGeometry(), 1536) == got
+
+
+def test_a_machine_that_can_compile_keeps_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda *_: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(config_module.shutil, "which", lambda name: "/usr/bin/gcc")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = FastConfig(triton=True, graph=True)
+        assert usable(asked, CUDA, ChunkGeometry(), 1536) == asked
+
+
+def test_sizes_that_float8_cannot_take_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"without fp8 \(a feed-forward width of 100 is not a mul"):
+        got = usable(OFF.__class__(**(vars(OFF) | {"fp8": True})), CPU, ChunkGeometry(), 64, 100)
+    assert not got.fp8
+
+
+def test_flags_that_contradict_or_gain_nothing_are_told() -> None:
+    asked = partial(config_module.asked_config, CPU, 64)
+    assert asked(plain=True, fp8=False, without="") is None
+    assert asked(plain=False, fp8=False, without="") == default_config(CPU, 64)
+    with pytest.raises(UserError, match="--plain leaves the fast path out"):
+        asked(plain=True, fp8=True, without="")
+    with pytest.raises(UserError, match="no part 'speed'"):
+        asked(plain=False, fp8=False, without="speed")
+    with pytest.warns(UserWarning, match="float8 gains no time on a cpu device"):
+        config = asked(plain=False, fp8=True, without="precompute")
+    assert config is not None and config.fp8 and not config.precompute
+    assert config_module.asked_config(
+        torch.device("mps"), 64, plain=False, fp8=False, without=""
+    ) is None  # fmt: skip
+
+
 KERNELS = """
 import sys
 import torch
@@ -223,7 +303,7 @@ def test_float8_on_cuda_is_as_near_to_float32_as_its_formula(compiled: bool) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["stream", "merged"])
-@pytest.mark.parametrize("window", [9, 17])
+@pytest.mark.parametrize("window,single_pass", [(9, False), (17, False), (9, True)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -236,8 +316,10 @@ def test_float8_on_cuda_is_as_near_to_float32_as_its_formula(compiled: bool) -> 
     ],
     ids=str,
 )
-def test_cuda_equals_the_plain_rollout(config: FastConfig, window: int, how: str) -> None:
-    geometry = ChunkGeometry(window=window)
+def test_cuda_equals_the_plain_rollout(
+    config: FastConfig, window: int, single_pass: bool, how: str
+) -> None:
+    geometry = ChunkGeometry(window=window, single_pass=single_pass)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # graphs with longer windows
         got, want = both(geometry, config, 9, "cuda", how=how)

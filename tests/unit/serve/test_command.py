@@ -35,6 +35,9 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
         (["--port", "0", "--quality", "0"], "quality must be in 1..100, got 0"),
         (["--port", "0", "--threads", "-1"], "--threads must be at least 0, got -1"),
         (["--port", "0", "--device", "tpu"], "device must be auto, cpu, cuda or mps, got 'tpu'"),
+        (["--port", "0", "--plain", "--fp8"], "--plain leaves the fast path out"),
+        (["--port", "0", "--without", "speed"], "no part 'speed' of the fast path"),
+        (["--port", "0", "--decoder", "x.pth"], "a tiny decoder is for Wan 2.1's latents"),
         (["--host", "192.0.2.1", "--token", "12345678"], "cannot listen on 192.0.2.1 port 8000"),
     ],
 )

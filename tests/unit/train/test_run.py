@@ -103,6 +103,22 @@ def test_what_comes_out_generates(chain: Path, stage: str) -> None:
     assert video.shape == (9, 32, 32, 3)
 
 
+def test_a_single_pass_goes_through_all_stages_into_the_model_folder(
+    chain: Path, tmp_path: Path
+) -> None:
+    folder = final(chain, "teacher")
+    for stage in ("ode", "dmd", "aad"):
+        e = experiment(stage, tmp_path)
+        geometry = replace(e.geometry, single_pass=True)
+        folder = Run(
+            replace(e, teacher=final(chain, "teacher"), init=folder, geometry=geometry)
+        ).train()
+        assert index(tmp_path, stage)["geometry"]["single_pass"] is True
+    pipe = Pipeline.from_pretrained(folder)
+    assert pipe.rollout.geometry.single_pass
+    assert pipe(np.zeros((32, 32, 3), np.uint8), "red circle moves left", num_chunks=2).any()
+
+
 def test_a_teacher_learns_its_prompt_encoder(tmp_path: Path) -> None:
     # Its output layers start at zero, so the prompts' first gradient comes after some updates.
     run = Run(experiment("teacher", tmp_path, optim={"updates": 6, "warmup": 0, "ema": 0.0}))
