@@ -1,7 +1,8 @@
 """A session that runs: asyncio drives it, one thread has the model, another packs pictures.
 
-All sessions share the model's thread. Each has at most one chunk waiting there, and waiting jobs
-are served in the order they came, so sessions that together ask too much become slower evenly.
+All sessions share the model's thread. Each has at most one chunk waiting there (one that a reset
+made useless is taken back), and waiting jobs are served in the order they came, so sessions that
+together ask too much become slower evenly.
 Everything else happens in the event loop, so nothing here needs a lock.
 """
 
@@ -110,6 +111,7 @@ class Live:
         self._recorder: Recorder | None = None
         self._image: ImageLike | None = None
         self._seed = 0
+        self._making: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._show())
@@ -123,7 +125,7 @@ class Live:
         point = await self.engine.on_worker(self.engine.model.begin, image, seed)
         self._image, self._seed = image, seed
         generation = self.core.start(point, prompt, text, self._now())
-        self._wake()
+        self._drop_job()
         return generation
 
     async def steer(self, prompt: str, blend: int = 1) -> int:
@@ -141,7 +143,7 @@ class Live:
             point = await self.engine.on_worker(self.engine.model.begin, self._image, seed)
             self._seed = seed
         generation = self.core.reset(self._now(), point)
-        self._wake()
+        self._drop_job()
         return generation
 
     def pause(self) -> None:
@@ -154,7 +156,7 @@ class Live:
 
     def stop(self) -> None:
         self.core.stop()
-        self._wake()
+        self._drop_job()
 
     def record(self) -> None:
         """Begin a recording. UserError if one is running."""
@@ -191,10 +193,17 @@ class Live:
     def _wake(self) -> None:
         self._changed.set()
 
-    def _spawn(self, work: Any) -> None:
+    def _drop_job(self) -> None:
+        """The chunk in the making is of a video that is over: the model need not begin it."""
+        if self._making is not None:
+            self._making.cancel()
+        self._wake()
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _show(self) -> None:
         """Hand out frames when they are due, and have the next chunk made."""
@@ -206,7 +215,7 @@ class Live:
                 self._show_one(frame)
             job = self.core.next_job(self._now())
             if job is not None:
-                self._spawn(self._make(job))
+                self._making = self._spawn(self._make(job))
             if self.core.status != status:
                 status = self.core.status
                 self._tell({"type": "status", "status": status})

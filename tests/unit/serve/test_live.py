@@ -1,0 +1,51 @@
+"""Sessions that share one model's thread, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aad1.serve.live import Engine, Live
+from serve_fakes import FakeModel
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_resets_of_one_session_leave_nothing_for_the_others_to_wait_for(
+    tmp_path: Path,
+) -> None:
+    gate, busy = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        busy.set()
+        gate.wait(10)
+
+    async def run() -> None:
+        model = FakeModel(wait, fps=160.0)
+        engine = Engine(model, lambda frame: b"")
+        rough, other = Live(engine, tmp_path, 60), Live(engine, tmp_path, 60)
+        await rough.start(None, "a", 0)
+        await until(busy.is_set)  # the first chunk is being made and cannot be taken back
+        point, text = model.begin(None, 9), model.encode("bb")
+        for _ in range(50):
+            await rough.reset()
+            await asyncio.sleep(0.002)  # its next chunk is put in the queue
+        other.core.start(point, "bb", text, other._now())
+        other._wake()
+        await asyncio.sleep(0.01)
+        gate.set()
+        await until(lambda: any(made[0] == "seed 9" for made in model.made))
+        before = next(k for k, made in enumerate(model.made) if made[0] == "seed 9")
+        assert before <= 2  # the chunk that was being made, and the one after the last reset
+        await rough.close()
+        await other.close()
+        engine.close()
+
+    asyncio.run(run())
