@@ -64,7 +64,7 @@ class Drive:
             job = self.session.next_job(self.now)
             if job is not None:
                 self._out = (self.now + self.seconds, job)
-            self.most_queued = max(self.most_queued, self.session.stats()["queued_frames"])
+            self.most_queued = max(self.most_queued, self.stats()["queued_frames"])
             due = self.session.next_due()
             events = [t for t in (due, self._out[0] if self._out else None) if t is not None]
             if not events or min(events) > end:
@@ -78,6 +78,9 @@ class Drive:
 
     def steer(self, prompt: str, blend: int = 1) -> int:
         return self.session.steer(prompt, self.model.encode(prompt), self.now, blend)
+
+    def stats(self) -> dict[str, Any]:
+        return self.session.stats(self.now)
 
     def latency(self, number: int, asked: float) -> float:
         """Seconds from a switch to its first frame."""

@@ -255,7 +255,9 @@ class Live:
     async def _report(self) -> None:
         """Figures once a second: they also show listeners that the server is alive."""
         while True:
-            self._tell({"type": "stats", **self.core.stats(), "viewers": len(self.listeners)})
+            self._tell(
+                {"type": "stats", **self.core.stats(self._now()), "viewers": len(self.listeners)}
+            )
             await asyncio.sleep(1)
 
     def _tell(self, message: dict[str, Any]) -> None:

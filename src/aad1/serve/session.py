@@ -29,6 +29,8 @@ MARGIN = 1.3
 """A chunk counts as possible in time if the last ones took this much less than there is left."""
 REMEMBERED = 64
 """Past chunks and switches that the figures are made of."""
+WINDOW = 3.0
+"""Seconds over which frames are counted for the rate, stalls included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,8 @@ class Session:
         self._estimate: float | None = None
         self._seconds: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
         self._latencies: deque[float] = deque(maxlen=REMEMBERED)
-        self._taken: deque[float] = deque(maxlen=REMEMBERED)
+        self._taken: deque[float] = deque()  # when, in the last WINDOW
+        self._counted_from: float | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -121,7 +124,7 @@ class Session:
         self._due: float | None = None  # of the next frame; None before the first
         self._paused_at: float | None = None
         self._waiting = False  # whether the switch now in force has not been seen yet
-        self._taken.clear()
+        self._restart_count()
 
     # -- commands -------------------------------------------------------------------------
 
@@ -187,7 +190,7 @@ class Session:
         if self._due is not None:
             self._due += now - self._paused_at
         self.status, self._paused_at = "running", None
-        self._taken.clear()
+        self._restart_count()
 
     def stop(self) -> None:
         """End the video. A chunk still in the making is thrown away when it comes."""
@@ -276,6 +279,10 @@ class Session:
             self._due += 1 / self.fps
             self._taken.append(now)
         if frames:
+            if self._counted_from is None:
+                self._counted_from = now
+            while self._taken[0] <= now - WINDOW:
+                self._taken.popleft()
             self._note_latency(frames[-1], now)
         return frames
 
@@ -299,7 +306,6 @@ class Session:
             return
         if now - self._due > LATE:
             self.stalls += 1
-            self._taken.clear()
         self.stalled_seconds += now - self._due
         self._due = now
 
@@ -319,26 +325,38 @@ class Session:
 
     # -- figures --------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
+    def _restart_count(self) -> None:
+        self._taken.clear()
+        self._counted_from = None
+
+    def _rate(self, now: float) -> float | None:
+        """Frames a second in the last WINDOW, or since the first one if that is less."""
+        if self._counted_from is None or now <= self._counted_from:
+            return None
+        span = min(WINDOW, now - self._counted_from)
+        # the first frame opens the time that is counted, so it is not in it
+        return sum(max(now - WINDOW, self._counted_from) < t for t in self._taken) / span
+
+    def stats(self, now: float) -> dict[str, Any]:
         """Figures of the last chunks and switches, for people and for tests.
 
         speed: seconds of video made per second of making, waiting for a turn included; below 1 the
-        stream is slower than real time. fps: frames shown a second. Times in milliseconds; None
-        where nothing was measured yet.
+        stream is slower than real time. fps: frames shown a second, stalls included. Times in
+        milliseconds; None where nothing was measured yet.
         """
 
         def middle(name: str) -> float | None:
             values = [s[name] for s in self._seconds if name in s]
             return round(1000 * median(values), 1) if values else None
 
-        span = self._taken[-1] - self._taken[0] if len(self._taken) > 1 else 0.0
         recent = list(self._seconds)[-8:]
         busy = sum(s["chunk"] for s in recent)
+        rate = self._rate(now)
         return {
             "status": self.status,
             "generation": self.generation,
             "frame": self._number,
-            "fps": round((len(self._taken) - 1) / span, 2) if span > 0 else None,
+            "fps": None if rate is None else round(rate, 2),
             "native_fps": self.fps,
             "speed": round(sum(s["length"] for s in recent) / busy, 3) if busy > 0 else None,
             "chunk_ms": middle("chunk"),

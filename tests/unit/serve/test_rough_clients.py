@@ -170,7 +170,7 @@ def test_a_reader_that_stops_loses_frames_and_nobody_else_does(url: str, app: An
             command = b'{"type":"start","prompt":"a","sample":"00.png"}'
             mask = b"\x00\x00\x00\x00"
             raw.sendall(bytes([0x81, 0x80 | len(command)]) + mask + command)
-            assert until(lambda: slow.core.stats()["frame"] > 20)
+            assert until(lambda: slow.core.stats(0.0)["frame"] > 20)
             # fill every buffer between here and there: frames as large as a picture of 1080p
             real = slow.engine._pack
             slow.engine._pack = lambda frame: real(frame) + bytes(300_000)
@@ -262,13 +262,13 @@ def test_four_sessions_slow_down_evenly_and_say_so(make_app: Make, serve: Serve)
 
     end = time.perf_counter() + 3
     cores = [live.core for live in app.state.hub.sessions.values()]
-    before = [core.stats()["frame"] for core in cores]
+    before = [core.stats(0.0)["frame"] for core in cores]
     threads = [threading.Thread(target=read, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    counts = [core.stats()["frame"] - b for core, b in zip(cores, before, strict=True)]
+    counts = [core.stats(0.0)["frame"] - b for core, b in zip(cores, before, strict=True)]
     speeds = [client.stats["speed"] for client in clients]
     for client in clients:
         client.close()

@@ -71,9 +71,9 @@ def test_a_session_from_start_to_stop(app: Any, url: str) -> None:
         after = next(f for f in client.frames() if f.steer >= number)
         assert abs(int(after.pixels[..., 2].mean()) - 200) <= 2
         client.pause()
-        shown = app.state.hub.sessions[client.hello["session"]].core.stats()["frame"]
+        shown = app.state.hub.sessions[client.hello["session"]].core.stats(0.0)["frame"]
         time.sleep(0.3)
-        assert app.state.hub.sessions[client.hello["session"]].core.stats()["frame"] == shown
+        assert app.state.hub.sessions[client.hello["session"]].core.stats(0.0)["frame"] == shown
         client.resume()
         assert client.reset(seed=9) == 2
         assert next(f for f in client.frames() if f.generation == 2).number == 0
