@@ -67,11 +67,19 @@ class Engine:
     ) -> tuple[Pixels, list[bytes], Any, dict[str, float]]:
         """The chunk after a point: frames, the same as files, the point after, seconds spent."""
         made = await self.on_worker(self.model.generate, point, text)
-        # The cache pass goes on while frames are packed; errors show when the point is used.
-        self._worker.submit(self.model.settle, made.after)
         began = time.perf_counter()
         files = await self.on_side(self._pack_all, made.frames) if packed else []
         return made.frames, files, made.after, made.seconds | {"pack": time.perf_counter() - began}
+
+    async def settle(self, point: Any) -> float:
+        """The cache pass of the chunk before a point, ahead of its use; the seconds it took."""
+
+        def timed() -> float:
+            began = time.perf_counter()
+            self.model.settle(point)
+            return time.perf_counter() - began
+
+        return await self.on_worker(timed)
 
     def _pack_all(self, frames: Pixels) -> list[bytes]:
         return [self._pack(frame) for frame in frames]
@@ -248,9 +256,13 @@ class Live:
             self.core.fail(job)
             message = f"the chunk could not be made ({type(error).__name__})"
             self._tell({"type": "error", "code": "internal", "message": message})
-        else:
-            self.core.deliver(job, frames, packed, after, seconds, self._now())
+            self._wake()
+            return
+        kept = self.core.deliver(job, frames, packed, after, seconds, self._now())
         self._wake()
+        if kept:  # what is thrown away is never continued
+            with contextlib.suppress(Exception):  # it comes again when the point is used
+                self.core.settled(job, await self.engine.settle(after), self._now())
 
     async def _report(self) -> None:
         """Figures once a second: they also show listeners that the server is alive."""

@@ -107,6 +107,8 @@ class Session:
         self._begin_point: Any = None
         self._steering: _Steering | None = None
         self._estimate: float | None = None
+        self._settle = 0.0  # seconds that the cache pass after a chunk takes
+        self._settled = -1.0e9  # when the last one was done
         self._seconds: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
         self._latencies: deque[float] = deque(maxlen=REMEMBERED)
         self._taken: deque[float] = deque()  # when, in the last WINDOW
@@ -117,6 +119,7 @@ class Session:
         self._job: Job | None = None
         self._showing: deque[Frame] = deque()
         self._ahead: _Chunk | None = None
+        self._settling: Job | None = None  # the chunk whose cache pass is being done
         self._tip: Any = self._begin_point  # the point after the chunk on show
         self._tip_chunk = -1
         self._tip_text: Text = None
@@ -227,15 +230,22 @@ class Session:
     ) -> bool:
         """A chunk is made. False if it is thrown away: of an earlier video, or steered past.
 
-        packed: one entry per frame, or none at all.
+        packed: one entry per frame, or none at all. After True, a driver may have the chunk's cache
+        pass done ahead of its use, and then calls `settled`.
         """
         if job is not self._job or self._steering is None:
             return False
         self._job = None
         total = now - job.issued
-        self._seconds.append({**seconds, "chunk": total, "length": len(frames) / self.fps})
+        # A job that came while the cache pass before it was being done has waited for that.
+        waited = min(self._settle, max(0.0, self._settled - job.issued))
+        alone = total - waited
+        self._seconds.append(
+            {**seconds, "chunk": total, "busy": alone + self._settle,
+             "length": len(frames) / self.fps}
+        )  # fmt: skip
         self._estimate = (
-            total if self._estimate is None else self._estimate + 0.25 * (total - self._estimate)
+            alone if self._estimate is None else self._estimate + 0.25 * (alone - self._estimate)
         )
         if job.steer != self._steering.number and self._in_time(now):
             self.dropped_chunks += 1
@@ -249,10 +259,18 @@ class Session:
             for k, pixels in enumerate(frames)
         )  # fmt: skip
         self._ahead = _Chunk(frames=made, job=job, after=after)
+        self._settling = job
         if not self._showing and self.status == "running":
             self._reanchor(now)
             self._due = now if self._due is None else self._due
         return True
+
+    def settled(self, job: Job, seconds: float, now: float) -> None:
+        """The cache pass of a delivered chunk is done, and took that long."""
+        self._settle = self._settle + 0.25 * (seconds - self._settle) if self._settle else seconds
+        self._settled = now
+        if job is self._settling:
+            self._settling = None
 
     def fail(self, job: Job) -> None:
         """A job could not be done; the session stops if it was for the video on show."""
@@ -316,7 +334,8 @@ class Session:
         if self._due is None or self._estimate is None:
             return False
         due = self._due + len(self._showing) / self.fps
-        return now + MARGIN * self._estimate <= due
+        first = self._settle if self._settling is not None else 0.0  # the model is busy with it
+        return now + MARGIN * (first + self._estimate) <= due
 
     def _note_latency(self, frame: Frame, now: float) -> None:
         if self._waiting and self._steering is not None and frame.steer == self._steering.number:
@@ -340,8 +359,8 @@ class Session:
     def stats(self, now: float) -> dict[str, Any]:
         """Figures of the last chunks and switches, for people and for tests.
 
-        speed: seconds of video made per second of making, waiting for a turn included; below 1 the
-        stream is slower than real time. fps: frames shown a second, stalls included. Times in
+        speed: seconds of video made per second of making, waiting for a turn and the cache pass
+        after each chunk included; below 1 the stream is slower than real time. fps: frames shown a second, stalls included. Times in
         milliseconds; None where nothing was measured yet.
         """
 
@@ -350,7 +369,7 @@ class Session:
             return round(1000 * median(values), 1) if values else None
 
         recent = list(self._seconds)[-8:]
-        busy = sum(s["chunk"] for s in recent)
+        busy = sum(s["busy"] for s in recent)
         rate = self._rate(now)
         return {
             "status": self.status,

@@ -49,3 +49,33 @@ def test_resets_of_one_session_leave_nothing_for_the_others_to_wait_for(
         engine.close()
 
     asyncio.run(run())
+
+
+def test_a_chunk_that_is_thrown_away_costs_no_cache_pass(tmp_path: Path) -> None:
+    gate, busy = threading.Event(), threading.Event()
+    gate.set()
+
+    def wait() -> None:
+        busy.set()
+        gate.wait(10)
+
+    async def run() -> None:
+        model = FakeModel(wait)
+        engine = Engine(model, lambda frame: b"")
+        live = Live(engine, tmp_path, 60)
+        await live.start(None, "a", 0)
+        await until(lambda: len(model.settled) == 2)  # one on show, one ready
+        live.pause()  # there is time for all
+        gate.clear()
+        busy.clear()
+        await live.steer("bb")
+        await until(busy.is_set)
+        await live.steer("ccc")  # the chunk of "bb" is being made
+        gate.set()
+        await until(lambda: model.settled[-1][-1] == 3.0)
+        assert [made[-1] for made in model.made] == [1.0, 1.0, 2.0, 3.0]
+        assert [made[-1] for made in model.settled] == [1.0, 1.0, 3.0]
+        await live.close()
+        engine.close()
+
+    asyncio.run(run())

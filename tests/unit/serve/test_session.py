@@ -119,6 +119,30 @@ def test_a_switch_is_seen_after_the_chunk_on_show(phase: float) -> None:
     assert drive.texts()[:8] == [1] * first + [3] * (8 - first)
 
 
+def test_steering_never_stutters_where_the_cache_pass_is_dear() -> None:
+    """A chunk of 1 s takes 0.35 s and 0.6 s more for the cache pass: 1.05 times real time."""
+    rng = random.Random(0)
+    drive = Drive(seconds=0.35, settle=0.6)
+    time = 4.0
+    for k in range(200):
+        time += rng.uniform(0.05, 2.0)
+        drive.until(time)
+        drive.steer("ab"[k % 2])
+    drive.until(time + 3)
+    gaps = np.diff([t for t, _ in drive.shown])
+    assert gaps.max() < 1.1 / FPS
+    assert drive.session.dropped_chunks > 10
+    assert drive.session.stalled_seconds == 0
+    assert drive.stats()["speed"] == pytest.approx(1 / 0.95, rel=0.02)
+
+
+def test_a_model_slowed_by_its_cache_pass_says_so() -> None:
+    drive = Drive(seconds=0.8, settle=0.8)
+    drive.until(30)
+    assert drive.stats()["speed"] == pytest.approx(1 / 1.6, rel=0.02)
+    assert len(drive.shown) == pytest.approx(30 / 1.6 * CHUNK, rel=0.1)
+
+
 def test_median_and_worst_latency_keep_the_goal() -> None:
     rng = random.Random(0)
     latencies = []
