@@ -95,12 +95,15 @@ class Point:
             if self._state is None:
                 assert self.x0 is not None and self.text is not None
                 self._state = self.rollout.commit(self.before, self.x0, self.text)
-                self.x0 = self.text = None  # no longer needed
+                self.before, self.x0, self.text = self._state, None, None  # no longer needed
             return self._state
 
 
 class PipelineModel:
-    """A `LiveModel` of a pipeline. The frames of equal prompts equal those of `Pipeline.stream`."""
+    """A `LiveModel` of a pipeline.
+
+    The frames of equal prompts equal those of `Pipeline.stream` (on the fast path to rounding).
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         """UserError for a teacher, which cannot stream."""
@@ -123,7 +126,7 @@ class PipelineModel:
     def begin(self, image: ImageLike | None, seed: int) -> Point:
         """UserError for a bad image, or none where the model needs one."""
         stream = self.pipeline.stream(image, "", seed=seed)
-        decoder = self.pipeline.codec.stream()
+        decoder = self.pipeline.decoder_stream()
         return Point(stream.rollout, stream.noise(), State(), stream.image, None, decoder)
 
     @torch.inference_mode()

@@ -360,8 +360,8 @@ class Session:
         """Figures of the last chunks and switches, for people and for tests.
 
         speed: seconds of video made per second of making, waiting for a turn and the cache pass
-        after each chunk included; below 1 the stream is slower than real time. fps: frames shown a second, stalls included. Times in
-        milliseconds; None where nothing was measured yet.
+        after each chunk included; below 1 the stream is slower than real time. fps: frames
+        shown a second, stalls included. Times in milliseconds; None where nothing was measured.
         """
 
         def middle(name: str) -> float | None:

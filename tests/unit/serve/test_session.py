@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 
 from aad1.errors import UserError
 from aad1.pipeline import Pipeline
+from aad1.rollout.stream import State
 from aad1.serve.model import PipelineModel
 from aad1.serve.session import LATE, REMEMBERED, Session
 from serve_fakes import CHUNK, FPS, Drive
@@ -319,6 +321,28 @@ def test_what_is_shown_equals_a_plain_rollout_with_a_prompt_per_chunk(
     expected = pipe.codec.decode(whole)[0].numpy()[: len(shown)]
     assert len(set(prompts.values())) == 3
     np.testing.assert_array_equal(np.stack(shown), expected)
+
+
+def test_a_settled_point_holds_one_cache_and_decodes_as_the_pipeline_does(
+    tiny_pipeline: Callable[..., Pipeline],
+) -> None:
+    pipe = tiny_pipeline()
+    taken = []
+    real = pipe.decoder_stream
+    pipe.decoder_stream = lambda: taken.append(real()) or taken[-1]  # type: ignore[method-assign]
+    model = PipelineModel(pipe)
+    picture = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    point = model.begin(picture, 0)
+    assert taken and point.decoder is taken[0]
+    text = model.encode("left")
+    gc.collect()
+    before = sum(type(o) is State for o in gc.get_objects())  # a state has a cache
+    for _ in range(3):
+        point = model.generate(point, text).after
+        model.settle(point)
+    gc.collect()
+    after = sum(type(o) is State for o in gc.get_objects())
+    assert after == before  # one, as at the beginning
 
 
 def test_points_of_every_codec_can_be_continued_twice(
