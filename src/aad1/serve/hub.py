@@ -62,7 +62,7 @@ class Hub:
     async def close(self) -> None:
         """End all sessions and delete all recordings."""
         await asyncio.gather(*(self.leave(live) for live in list(self.sessions.values())))
-        self.engine.close()
+        await self.engine.close()
         self._folder.cleanup()
 
     # -- sessions -------------------------------------------------------------------------

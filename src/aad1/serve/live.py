@@ -91,10 +91,10 @@ class Engine:
         for _ in range(chunks):
             _, _, point, _ = await self.make(point, text)
 
-    def close(self) -> None:
-        """Let go of the threads; what waits there is dropped."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        self._side.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """End the threads; what waits there is dropped, what runs is waited for."""
+        for pool in (self._worker, self._side):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
 
 class Listener(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,8 @@ from aad1.errors import UserError
 from aad1.media import read_video
 from aad1.pipeline import PACKAGED
 from aad1.serve import command
+from aad1.serve.client import LiveClient
+from aad1.serve.run import background
 from aad1.serve.selftest import selftest
 from serve_fakes import FakeModel
 
@@ -90,6 +94,36 @@ def test_the_self_test_passes_and_can_fail(make_app: Callable[..., Any]) -> None
     assert lines[-1] == "shutdown clean"
     with pytest.raises(UserError, match="does not move"):
         selftest(make_app(Broken(fps=160.0)), ("go", "stop"))
+
+
+class Leaving(FakeModel):
+    """Leaves a thread behind."""
+
+    def encode(self, prompt: str) -> Any:
+        threading.Thread(target=time.sleep, args=(8,), name="left", daemon=True).start()
+        return super().encode(prompt)
+
+
+def test_the_self_test_sees_threads_that_are_left(make_app: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="threads are left: left"):
+        selftest(make_app(Leaving(fps=160.0)), ("go", "a" * 200))
+
+
+def test_a_server_that_stops_waits_for_the_chunk_in_the_making(
+    make_app: Callable[..., Any],
+) -> None:
+    before = set(threading.enumerate())
+    making = threading.Event()
+
+    def wait() -> None:
+        making.set()
+        time.sleep(0.5)
+
+    with background(make_app(FakeModel(wait, fps=160.0))) as url, LiveClient(url) as client:
+        making.clear()
+        client.start("a", sample="00.png")
+        assert making.wait(5)
+    assert set(threading.enumerate()) <= before
 
 
 def example(name: str) -> ModuleType:

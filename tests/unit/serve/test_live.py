@@ -46,7 +46,7 @@ def test_resets_of_one_session_leave_nothing_for_the_others_to_wait_for(
         assert before <= 2  # the chunk that was being made, and the one after the last reset
         await rough.close()
         await other.close()
-        engine.close()
+        await engine.close()
 
     asyncio.run(run())
 
@@ -76,6 +76,6 @@ def test_a_chunk_that_is_thrown_away_costs_no_cache_pass(tmp_path: Path) -> None
         assert [made[-1] for made in model.made] == [1.0, 1.0, 2.0, 3.0]
         assert [made[-1] for made in model.settled] == [1.0, 1.0, 3.0]
         await live.close()
-        engine.close()
+        await engine.close()
 
     asyncio.run(run())
