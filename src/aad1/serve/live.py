@@ -23,6 +23,7 @@ from PIL import Image
 
 from aad1.errors import UserError
 from aad1.media import ImageLike
+from aad1.serve.guard import Limits
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.recorder import Recorder
 from aad1.serve.session import Frame, Job, Session
@@ -108,15 +109,19 @@ class Listener(Protocol):
 class Live:
     """One live video with its listeners and its recording."""
 
-    def __init__(self, engine: Engine, recordings: Path, most_seconds: float) -> None:
-        """recordings: a folder for mp4 files; most_seconds: how long one may become."""
+    def __init__(self, engine: Engine, recordings: Path, limits: Limits) -> None:
+        """recordings: a folder for mp4 files."""
         self.id = secrets.token_urlsafe(9)
         self.engine = engine
         self.core = Session(engine.model.fps)
         self.listeners: set[Listener] = set()
-        self._recordings = recordings
-        self._most_frames = round(most_seconds * engine.model.fps)
+        self.last: Frame | None = None
+        """What is on show, for who comes later."""
+        self.finished: list[Path] = []
+        """Recordings, oldest first."""
+        self._recordings, self._limits = recordings, limits
         self._recorder: Recorder | None = None
+        self._idle_since = self._now()
         self._image: ImageLike | None = None
         self._seed = 0
         self._making: asyncio.Task[None] | None = None
@@ -171,15 +176,21 @@ class Live:
         if self._recorder is not None:
             raise UserError("a recording is running already")
         path = self._recordings / f"{secrets.token_urlsafe(12)}.mp4"
-        self._recorder = Recorder(path, self.core.fps, self._most_frames)
+        most = round(self._limits.recording_seconds * self.core.fps)
+        self._recorder = Recorder(path, self.core.fps, most)
 
     async def finish_recording(self) -> tuple[str, int]:
         """Finish the recording: the file's name and its frames. UserError if there is none."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             raise UserError("no recording is running")
+        return recorder.path.name, await self._finish(recorder)
+
+    async def _finish(self, recorder: Recorder) -> int:
         frames = await asyncio.to_thread(recorder.finish)
-        return recorder.path.name, frames
+        self.finished.append(recorder.path)
+        keep_newest(self.finished, self._limits.recordings)
+        return frames
 
     async def close(self) -> None:
         """End the session: tasks, recording, listeners."""
@@ -188,8 +199,9 @@ class Live:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._recorder is not None:
-            with contextlib.suppress(UserError):  # nobody is left to be told
-                await self.finish_recording()
+            with contextlib.suppress(UserError):
+                await asyncio.to_thread(self._recorder.finish)
+            self._recorder.path.unlink(missing_ok=True)  # nobody is left to be told its name
         self._tell({"type": "ended"})
         self.listeners.clear()
 
@@ -213,9 +225,13 @@ class Live:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def touch(self) -> None:
+        """The owner is there: the time until an idle session ends begins anew."""
+        self._idle_since = self._now()
+
     async def _show(self) -> None:
         """Hand out frames when they are due, and have the next chunk made."""
-        status = self.core.status
+        told = self.status()
         while True:
             self._changed.clear()
             frames = self.core.take(self._now())
@@ -224,29 +240,35 @@ class Live:
             job = self.core.next_job(self._now())
             if job is not None:
                 self._making = self._spawn(self._make(job))
-            if self.core.status != status:
-                status = self.core.status
-                self._tell({"type": "status", "status": status})
+            if self.status() != told:
+                told = self.status()
+                self._tell({"type": "status", **told})
             due = self.core.next_due()
             timeout = None if due is None else max(0.0, due - self._now())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout)
 
+    def status(self) -> dict[str, str]:
+        return {"status": self.core.status, "prompt": self.core.prompt}
+
     def _show_one(self, frame: Frame) -> None:
+        self.last = frame
         for listener in self.listeners:
             listener.frame(frame)
         if self._recorder is not None and not self._recorder.add(frame.pixels):
-            full, self._recorder = self._recorder, None
-            self._spawn(self._end_recording(full))
+            ended, self._recorder = self._recorder, None
+            reason = "it is as long as allowed" if ended.full else "the encoder could not keep up"
+            self._spawn(self._end_recording(ended, reason))
 
-    async def _end_recording(self, full: Recorder) -> None:
-        """One that is as long as allowed, or that the disk is too slow for."""
+    async def _end_recording(self, ended: Recorder, reason: str) -> None:
+        """One that nobody asked to end."""
         try:
-            frames = await asyncio.to_thread(full.finish)
+            frames = await self._finish(ended)
         except UserError as error:
             self._tell({"type": "error", "code": "recording_failed", "message": str(error)})
         else:
-            self._tell(recorded(full.path.name, frames, self.core.fps))
+            done = recorded(ended.path.name, frames, self.core.fps)
+            self._tell({**done, "reason": reason})
 
     async def _make(self, job: Job) -> None:
         try:
@@ -270,11 +292,28 @@ class Live:
             self._tell(
                 {"type": "stats", **self.core.stats(self._now()), "viewers": len(self.listeners)}
             )
+            if self.core.status == "running":
+                self.touch()
+            if self._now() - self._idle_since > self._limits.idle_seconds:
+                await self._end_idle()
             await asyncio.sleep(1)
+
+    async def _end_idle(self) -> None:
+        reason = f"no video ran for {self._limits.idle_seconds / 60:g} minutes"
+        if self._recorder is not None:
+            ended, self._recorder = self._recorder, None
+            await self._end_recording(ended, reason)
+        self._tell({"type": "ended", "reason": reason})  # the owner's connection ends with that
 
     def _tell(self, message: dict[str, Any]) -> None:
         for listener in self.listeners:
             listener.event(message)
+
+
+def keep_newest(files: list[Path], most: int) -> None:
+    """Delete the first ones of a list, on the disk too, until `most` are left."""
+    while len(files) > most:
+        files.pop(0).unlink(missing_ok=True)
 
 
 def recorded(name: str, frames: int, fps: float) -> dict[str, Any]:

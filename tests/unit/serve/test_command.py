@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
         (["--token", "short"], "--token must have at least 8 characters, got 5"),
         (["--port", "70000"], "--port must be in 0..65535, got 70000"),
         (["--port", "0", "--model", "dom"], "did you mean 'doom'?"),
-        (["--port", "0", "--max-sessions", "0"], "sessions must be above 0, got 0"),
+        (["--port", "0", "--max-sessions", "0"], "sessions must be a finite number above 0, got 0"),
         (["--port", "0", "--quality", "0"], "quality must be in 1..100, got 0"),
         (["--port", "0", "--threads", "-1"], "--threads must be at least 0, got -1"),
         (["--port", "0", "--device", "tpu"], "device must be auto, cpu, cuda or mps, got 'tpu'"),

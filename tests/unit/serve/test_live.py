@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aad1.serve.guard import Limits
 from aad1.serve.live import Engine, Live
 from serve_fakes import FakeModel
 
@@ -30,7 +31,7 @@ def test_resets_of_one_session_leave_nothing_for_the_others_to_wait_for(
     async def run() -> None:
         model = FakeModel(wait, fps=160.0)
         engine = Engine(model, lambda frame: b"")
-        rough, other = Live(engine, tmp_path, 60), Live(engine, tmp_path, 60)
+        rough, other = Live(engine, tmp_path, Limits()), Live(engine, tmp_path, 60)
         await rough.start(None, "a", 0)
         await until(busy.is_set)  # the first chunk is being made and cannot be taken back
         point, text = model.begin(None, 9), model.encode("bb")
@@ -62,7 +63,7 @@ def test_a_chunk_that_is_thrown_away_costs_no_cache_pass(tmp_path: Path) -> None
     async def run() -> None:
         model = FakeModel(wait)
         engine = Engine(model, lambda frame: b"")
-        live = Live(engine, tmp_path, 60)
+        live = Live(engine, tmp_path, Limits())
         await live.start(None, "a", 0)
         await until(lambda: len(model.settled) == 2)  # one on show, one ready
         live.pause()  # there is time for all

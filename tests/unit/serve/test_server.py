@@ -20,7 +20,7 @@ from aad1.media import read_video
 from aad1.serve.client import LiveClient, ReceivedFrame, ServerError
 from aad1.serve.guard import Bucket
 from aad1.serve.run import background
-from serve_fakes import CHUNK, FakeModel
+from serve_fakes import CHUNK, FakeModel, until
 
 Make = Callable[..., Any]
 Serve = Callable[[Any], str]
@@ -44,15 +44,6 @@ def png(width: int = 20, height: int = 20) -> bytes:
 
 def take(client: LiveClient, count: int) -> list[ReceivedFrame]:
     return list(itertools.islice(client.frames(), count))
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 # -- sessions -------------------------------------------------------------------------------------
