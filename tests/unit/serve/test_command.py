@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +36,12 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
         (["--port", "70000"], "--port must be in 0..65535, got 70000"),
         (["--port", "0", "--model", "dom"], "did you mean 'doom'?"),
         (["--port", "0", "--max-sessions", "0"], "sessions must be a finite number above 0, got 0"),
+        (
+            ["--port", "0", "--max-recording", "inf"],
+            "--max-recording must be a finite number",
+        ),
+        (["--port", "0", "--max-image-mb", "nan"], "--max-image-mb must be a finite number above"),
+        (["--port", "0", "--max-idle", "-1"], "--max-idle must be a finite number above 0, got -1"),
         (["--port", "0", "--quality", "0"], "quality must be in 1..100, got 0"),
         (["--port", "0", "--threads", "-1"], "--threads must be at least 0, got -1"),
         (["--port", "0", "--device", "tpu"], "device must be auto, cpu, cuda or mps, got 'tpu'"),
@@ -59,6 +65,19 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in error
     assert "--port" in error
     assert error.count("\n") == 1
+
+
+def test_the_address_that_is_printed_can_be_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_app", lambda args: SimpleNamespace())
+    stopped = SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr("aad1.serve.run.uvicorn_server", lambda app: stopped)
+    with pytest.raises(AttributeError):  # of an application that is none
+        main(["serve", "--port", "0", "--host", "0.0.0.0", "--token", "a&b c#/%"])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("aad1 live: http://127.0.0.1:")
+    assert "/?token=a%26b%20c%23%2F%25  (on all addresses of this machine; " in line
 
 
 def test_missing_packages_are_named(
