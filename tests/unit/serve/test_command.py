@@ -153,6 +153,28 @@ def example(name: str) -> ModuleType:
     return module
 
 
+def test_without_a_display_a_stream_becomes_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TclError(Exception):
+        pass
+
+    def tk() -> None:
+        raise TclError("no display name and no $DISPLAY environment variable")
+
+    fake = ModuleType("tkinter")
+    fake.TclError, fake.Tk = TclError, tk  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tkinter", fake)
+    picture = str(PACKAGED / "sprites_frames" / "00.png")
+    flags = ["--model", "sprites", "--image", picture, "--seconds", "1"]
+    monkeypatch.setattr(sys, "argv", ["stream", *flags])
+    monkeypatch.chdir(tmp_path)
+    example("stream").main()
+    assert len(read_video(tmp_path / "out" / "stream.mp4")) > 4
+    monkeypatch.setitem(sys.modules, "tkinter", None)  # not installed
+    assert not example("stream").has_window()
+
+
 @pytest.mark.parametrize(
     "name, flags, frames",
     [
