@@ -51,6 +51,19 @@ def show(pictures: Iterator[np.ndarray], fps: float, scale: int) -> None:
         pass  # the window was closed
 
 
+def has_window() -> bool:
+    """Whether there is tkinter, and a display to open a window on."""
+    try:
+        import tkinter
+    except ImportError:
+        return False
+    try:
+        tkinter.Tk().destroy()
+    except tkinter.TclError:
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="doom")
@@ -61,13 +74,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write an mp4 instead of opening a window")
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
-    if args.out is None:
-        try:
-            import tkinter
-
-            tkinter.Tk().destroy()
-        except (ImportError, RuntimeError):  # no tkinter, or (TclError) no display
-            args.out = Path("out/stream.mp4")
+    if args.out is None and not has_window():
+        args.out = Path("out/stream.mp4")
     if args.out is None:
         show(frames(args, pipe), pipe.info.fps, scale=max(1, 480 // pipe.info.height))
     else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 from aad1.errors import UserError
 from aad1.flags import check_size, pair_loras, parse_size
@@ -15,7 +17,7 @@ from aad1.flags import check_size, pair_loras, parse_size
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-NEEDED = ("fastapi", "uvicorn", "websockets", "multipart", "httpx")
+NEEDED = ("fastapi", "uvicorn", "websockets", "python_multipart", "httpx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class Serve:
     """Largest picture that is taken, in 10^6 bytes."""
     max_recording: float = 600.0
     """Longest recording, in seconds."""
+    max_idle: float = 15.0
+    """Minutes without a running video and without a command after which a session ends."""
     open: bool = False
     """Open the page in this machine's browser."""
     selftest: bool = False
@@ -83,7 +87,7 @@ class Serve:
 
 def serve(args: Serve) -> None:
     """Serve until Ctrl-C. UserError before the port is open for anything that cannot work."""
-    from aad1.serve.run import address, bind, is_loopback, uvicorn_server
+    from aad1.serve.run import address, bind, is_loopback, is_one, uvicorn_server
 
     _check_packages()
     if args.token is not None and len(args.token) < 8:
@@ -96,8 +100,9 @@ def serve(args: Serve) -> None:
     with bind(args.host, args.port) as sock:
         app = _app(args)
         server = uvicorn_server(app)
-        url = address(sock) + (f"/?token={args.token}" if args.token else "")
-        print(f"aad1 live: {url}  (Ctrl-C stops)", flush=True)
+        url = address(sock) + (f"/?token={quote(args.token, safe='')}" if args.token else "")
+        where = "" if is_one(args.host) else "on all addresses of this machine; "
+        print(f"aad1 live: {url}  ({where}Ctrl-C stops)", flush=True)
         if args.open:
             _open_browser(url)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down; that is how to stop
@@ -124,9 +129,15 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     from aad1.serve.server import create_app
     from aad1.wan_folder import UNIT, WORLD, is_wan
 
+    for flag, value in (
+        ("--max-image-mb", args.max_image_mb), ("--max-recording", args.max_recording),
+        ("--max-idle", args.max_idle),
+    ):  # fmt: skip
+        if not 0 < value < math.inf:
+            raise UserError(f"{flag} must be a finite number above 0, got {value}")
     limits = Limits(
         sessions=args.max_sessions, image_bytes=round(args.max_image_mb * 1e6),
-        recording_seconds=args.max_recording,
+        recording_seconds=args.max_recording, idle_seconds=60 * args.max_idle,
     )  # fmt: skip
     pack = packer(args.format, args.quality)
     if args.threads < 0:

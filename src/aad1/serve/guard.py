@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import io
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 from aad1.errors import UserError
 from aad1.media import read_image
 from aad1.serve.model import Pixels
-from aad1.serve.protocol import ProtocolError
+from aad1.serve.protocol import ProtocolError, typed
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -32,7 +33,7 @@ class Limits:
     """What a client may ask for."""
 
     sessions: int = 4
-    image_bytes: int = 8 * 2**20
+    image_bytes: int = 8_000_000
     image_pixels: int = 16_000_000
     messages_per_second: float = 40.0
     """Per connection, with bursts of twice as many."""
@@ -40,12 +41,15 @@ class Limits:
     """Of all clients together, with bursts of a sixth as many."""
     recording_seconds: float = 600.0
     recordings: int = 16
-    """Finished recordings that are kept; the oldest go first."""
+    """Finished recordings that are kept of each session, and of all that have ended; the oldest go
+    first."""
+    idle_seconds: float = 900.0
+    """Without a running video and without a command, after which a session ends."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise UserError(f"{name} must be above 0, got {value}")
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} must be a finite number above 0, got {value}")
 
 
 class Bucket:
@@ -125,13 +129,40 @@ class Guard:
             await _refuse(scope, receive, send, *refusal)
             return
         if scope["type"] == "http":
-            receive = self._bounded(receive)
-            try:
-                await self.app(scope, receive, send)
-            except _TooLarge:
-                await _refuse(scope, receive, send, 413, "the request is too large")
+            await self._http(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bodies that do not say their length are counted, and whatever fails gets an answer."""
+        left, started = self.most_bytes, False
+
+        async def counted() -> Any:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise _TooLarge
+            return message
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            if left >= 0 or started:  # or else the parser has made some other error of it
+                started = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, watched)
+        except _TooLarge:
+            pass
+        except Exception as error:
+            problem = typed(error)
+            if not started:
+                await _refuse(scope, receive, send, 500, str(problem))
+            return
+        if left < 0 and not started:
+            message = f"the request is too large: at most {self.most_bytes:,} bytes"
+            await _refuse(scope, receive, send, 413, message)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
@@ -152,20 +183,6 @@ class Guard:
         if not length.isdecimal() or int(length[:20]) > self.most_bytes:
             return 413, f"the request is too large: at most {self.most_bytes:,} bytes"
         return None
-
-    def _bounded(self, receive: Receive) -> Receive:
-        """Counts what comes, for bodies that do not say their length."""
-        left = self.most_bytes
-
-        async def bounded() -> Any:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise _TooLarge
-            return message
-
-        return bounded
 
 
 class _TooLarge(Exception):
@@ -193,6 +210,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
         return
     from starlette.responses import JSONResponse
 
-    code = {401: "unauthorized", 403: "forbidden", 413: "too_large"}[status]
+    codes = {401: "unauthorized", 403: "forbidden", 413: "too_large", 500: "internal"}
+    code = codes[status]
     response = JSONResponse({"code": code, "message": message}, status)
     await response(scope, receive, send)

@@ -16,7 +16,7 @@ from aad1 import mp4
 from aad1.serve import protocol
 from aad1.serve.facts import Facts
 from aad1.serve.guard import Bucket, Limits, open_picture
-from aad1.serve.live import Engine, Live
+from aad1.serve.live import Engine, Live, keep_newest
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.protocol import ProtocolError
 
@@ -38,6 +38,7 @@ class Hub:
         self._folder = tempfile.TemporaryDirectory(prefix="aad1-recordings-")
         self._images = Bucket(limits.images_per_minute / 60, limits.images_per_minute / 6)
         self._making = False
+        self._left: list[Path] = []  # recordings of sessions that have ended, oldest first
 
     @property
     def recordings(self) -> Path:
@@ -62,7 +63,7 @@ class Hub:
     async def close(self) -> None:
         """End all sessions and delete all recordings."""
         await asyncio.gather(*(self.leave(live) for live in list(self.sessions.values())))
-        self.engine.close()
+        await self.engine.close()
         self._folder.cleanup()
 
     # -- sessions -------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class Hub:
             raise ProtocolError(
                 "busy", f"all {self.limits.sessions} sessions are taken; try again later"
             )
-        live = Live(self.engine, self.recordings, self.limits.recording_seconds)
+        live = Live(self.engine, self.recordings, self.limits)
         self.sessions[live.id] = live
         return live
 
@@ -92,17 +93,11 @@ class Hub:
         """The owner has gone: the session ends for all."""
         self.sessions.pop(live.id, None)
         await live.close()
-        self._prune()
-
-    def _prune(self) -> None:
-        """Keep the newest recordings only."""
-        files = sorted(self.recordings.glob("*.mp4"), key=lambda f: f.stat().st_mtime)
-        for file in files[: max(0, len(files) - self.limits.recordings)]:
-            file.unlink(missing_ok=True)
+        self._left += live.finished
+        keep_newest(self._left, self.limits.recordings)
 
     def recording(self, name: str) -> Path | None:
         """The file of a finished recording; None for any other name."""
-        self._prune()
         return {file.name: file for file in self.recordings.glob("*.mp4")}.get(name)
 
     # -- pictures -------------------------------------------------------------------------

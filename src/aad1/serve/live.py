@@ -1,7 +1,8 @@
 """A session that runs: asyncio drives it, one thread has the model, another packs pictures.
 
-All sessions share the model's thread. Each has at most one chunk waiting there, and waiting jobs
-are served in the order they came, so sessions that together ask too much become slower evenly.
+All sessions share the model's thread. Each has at most one chunk waiting there (one that a reset
+made useless is taken back), and waiting jobs are served in the order they came, so sessions that
+together ask too much become slower evenly.
 Everything else happens in the event loop, so nothing here needs a lock.
 """
 
@@ -22,6 +23,7 @@ from PIL import Image
 
 from aad1.errors import UserError
 from aad1.media import ImageLike
+from aad1.serve.guard import Limits
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.recorder import Recorder
 from aad1.serve.session import Frame, Job, Session
@@ -66,11 +68,19 @@ class Engine:
     ) -> tuple[Pixels, list[bytes], Any, dict[str, float]]:
         """The chunk after a point: frames, the same as files, the point after, seconds spent."""
         made = await self.on_worker(self.model.generate, point, text)
-        # The cache pass goes on while frames are packed; errors show when the point is used.
-        self._worker.submit(self.model.settle, made.after)
         began = time.perf_counter()
         files = await self.on_side(self._pack_all, made.frames) if packed else []
         return made.frames, files, made.after, made.seconds | {"pack": time.perf_counter() - began}
+
+    async def settle(self, point: Any) -> float:
+        """The cache pass of the chunk before a point, ahead of its use; the seconds it took."""
+
+        def timed() -> float:
+            began = time.perf_counter()
+            self.model.settle(point)
+            return time.perf_counter() - began
+
+        return await self.on_worker(timed)
 
     def _pack_all(self, frames: Pixels) -> list[bytes]:
         return [self._pack(frame) for frame in frames]
@@ -82,10 +92,10 @@ class Engine:
         for _ in range(chunks):
             _, _, point, _ = await self.make(point, text)
 
-    def close(self) -> None:
-        """Let go of the threads; what waits there is dropped."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        self._side.shutdown(wait=False, cancel_futures=True)
+    async def close(self) -> None:
+        """End the threads; what waits there is dropped, what runs is waited for."""
+        for pool in (self._worker, self._side):
+            await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
 
 class Listener(Protocol):
@@ -99,17 +109,22 @@ class Listener(Protocol):
 class Live:
     """One live video with its listeners and its recording."""
 
-    def __init__(self, engine: Engine, recordings: Path, most_seconds: float) -> None:
-        """recordings: a folder for mp4 files; most_seconds: how long one may become."""
+    def __init__(self, engine: Engine, recordings: Path, limits: Limits) -> None:
+        """recordings: a folder for mp4 files."""
         self.id = secrets.token_urlsafe(9)
         self.engine = engine
         self.core = Session(engine.model.fps)
         self.listeners: set[Listener] = set()
-        self._recordings = recordings
-        self._most_frames = round(most_seconds * engine.model.fps)
+        self.last: Frame | None = None
+        """What is on show, for who comes later."""
+        self.finished: list[Path] = []
+        """Recordings, oldest first."""
+        self._recordings, self._limits = recordings, limits
         self._recorder: Recorder | None = None
+        self._idle_since = self._now()
         self._image: ImageLike | None = None
         self._seed = 0
+        self._making: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._show())
@@ -123,7 +138,7 @@ class Live:
         point = await self.engine.on_worker(self.engine.model.begin, image, seed)
         self._image, self._seed = image, seed
         generation = self.core.start(point, prompt, text, self._now())
-        self._wake()
+        self._drop_job()
         return generation
 
     async def steer(self, prompt: str, blend: int = 1) -> int:
@@ -141,7 +156,7 @@ class Live:
             point = await self.engine.on_worker(self.engine.model.begin, self._image, seed)
             self._seed = seed
         generation = self.core.reset(self._now(), point)
-        self._wake()
+        self._drop_job()
         return generation
 
     def pause(self) -> None:
@@ -154,22 +169,28 @@ class Live:
 
     def stop(self) -> None:
         self.core.stop()
-        self._wake()
+        self._drop_job()
 
     def record(self) -> None:
         """Begin a recording. UserError if one is running."""
         if self._recorder is not None:
             raise UserError("a recording is running already")
         path = self._recordings / f"{secrets.token_urlsafe(12)}.mp4"
-        self._recorder = Recorder(path, self.core.fps, self._most_frames)
+        most = round(self._limits.recording_seconds * self.core.fps)
+        self._recorder = Recorder(path, self.core.fps, most)
 
     async def finish_recording(self) -> tuple[str, int]:
         """Finish the recording: the file's name and its frames. UserError if there is none."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             raise UserError("no recording is running")
+        return recorder.path.name, await self._finish(recorder)
+
+    async def _finish(self, recorder: Recorder) -> int:
         frames = await asyncio.to_thread(recorder.finish)
-        return recorder.path.name, frames
+        self.finished.append(recorder.path)
+        keep_newest(self.finished, self._limits.recordings)
+        return frames
 
     async def close(self) -> None:
         """End the session: tasks, recording, listeners."""
@@ -178,8 +199,9 @@ class Live:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._recorder is not None:
-            with contextlib.suppress(UserError):  # nobody is left to be told
-                await self.finish_recording()
+            with contextlib.suppress(UserError):
+                await asyncio.to_thread(self._recorder.finish)
+            self._recorder.path.unlink(missing_ok=True)  # nobody is left to be told its name
         self._tell({"type": "ended"})
         self.listeners.clear()
 
@@ -191,14 +213,25 @@ class Live:
     def _wake(self) -> None:
         self._changed.set()
 
-    def _spawn(self, work: Any) -> None:
+    def _drop_job(self) -> None:
+        """The chunk in the making is of a video that is over: the model need not begin it."""
+        if self._making is not None:
+            self._making.cancel()
+        self._wake()
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def touch(self) -> None:
+        """The owner is there: the time until an idle session ends begins anew."""
+        self._idle_since = self._now()
 
     async def _show(self) -> None:
         """Hand out frames when they are due, and have the next chunk made."""
-        status = self.core.status
+        told = self.status()
         while True:
             self._changed.clear()
             frames = self.core.take(self._now())
@@ -206,30 +239,36 @@ class Live:
                 self._show_one(frame)
             job = self.core.next_job(self._now())
             if job is not None:
-                self._spawn(self._make(job))
-            if self.core.status != status:
-                status = self.core.status
-                self._tell({"type": "status", "status": status})
+                self._making = self._spawn(self._make(job))
+            if self.status() != told:
+                told = self.status()
+                self._tell({"type": "status", **told})
             due = self.core.next_due()
             timeout = None if due is None else max(0.0, due - self._now())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout)
 
+    def status(self) -> dict[str, str]:
+        return {"status": self.core.status, "prompt": self.core.prompt}
+
     def _show_one(self, frame: Frame) -> None:
+        self.last = frame
         for listener in self.listeners:
             listener.frame(frame)
         if self._recorder is not None and not self._recorder.add(frame.pixels):
-            full, self._recorder = self._recorder, None
-            self._spawn(self._end_recording(full))
+            ended, self._recorder = self._recorder, None
+            reason = "it is as long as allowed" if ended.full else "the encoder could not keep up"
+            self._spawn(self._end_recording(ended, reason))
 
-    async def _end_recording(self, full: Recorder) -> None:
-        """One that is as long as allowed, or that the disk is too slow for."""
+    async def _end_recording(self, ended: Recorder, reason: str) -> None:
+        """One that nobody asked to end."""
         try:
-            frames = await asyncio.to_thread(full.finish)
+            frames = await self._finish(ended)
         except UserError as error:
             self._tell({"type": "error", "code": "recording_failed", "message": str(error)})
         else:
-            self._tell(recorded(full.path.name, frames, self.core.fps))
+            done = recorded(ended.path.name, frames, self.core.fps)
+            self._tell({**done, "reason": reason})
 
     async def _make(self, job: Job) -> None:
         try:
@@ -239,19 +278,42 @@ class Live:
             self.core.fail(job)
             message = f"the chunk could not be made ({type(error).__name__})"
             self._tell({"type": "error", "code": "internal", "message": message})
-        else:
-            self.core.deliver(job, frames, packed, after, seconds, self._now())
+            self._wake()
+            return
+        kept = self.core.deliver(job, frames, packed, after, seconds, self._now())
         self._wake()
+        if kept:  # what is thrown away is never continued
+            with contextlib.suppress(Exception):  # it comes again when the point is used
+                self.core.settled(job, await self.engine.settle(after), self._now())
 
     async def _report(self) -> None:
         """Figures once a second: they also show listeners that the server is alive."""
         while True:
-            self._tell({"type": "stats", **self.core.stats(), "viewers": len(self.listeners)})
+            self._tell(
+                {"type": "stats", **self.core.stats(self._now()), "viewers": len(self.listeners)}
+            )
+            if self.core.status == "running":
+                self.touch()
+            if self._now() - self._idle_since > self._limits.idle_seconds:
+                await self._end_idle()
             await asyncio.sleep(1)
+
+    async def _end_idle(self) -> None:
+        reason = f"no video ran for {self._limits.idle_seconds / 60:g} minutes"
+        if self._recorder is not None:
+            ended, self._recorder = self._recorder, None
+            await self._end_recording(ended, reason)
+        self._tell({"type": "ended", "reason": reason})  # the owner's connection ends with that
 
     def _tell(self, message: dict[str, Any]) -> None:
         for listener in self.listeners:
             listener.event(message)
+
+
+def keep_newest(files: list[Path], most: int) -> None:
+    """Delete the first ones of a list, on the disk too, until `most` are left."""
+    while len(files) > most:
+        files.pop(0).unlink(missing_ok=True)
 
 
 def recorded(name: str, frames: int, fps: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
@@ -47,6 +48,17 @@ class ProtocolError(UserError):
         """As it goes over the wire."""
         answer: dict[str, Any] = {"type": "error", "code": self.code, "message": str(self)}
         return answer if id is None else answer | {"id": id}
+
+
+def typed(error: Exception) -> ProtocolError:
+    """What a client is told of any exception; what is no mistake of its own goes to stderr."""
+    if isinstance(error, ProtocolError):
+        return error
+    if isinstance(error, UserError):
+        return ProtocolError("bad_value", str(error))
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    print(f"aad1: a request failed: {told}", file=sys.stderr)
+    return ProtocolError("internal", f"the server failed ({type(error).__name__})")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,14 @@ class Recorder:
         while (frame := self._queue.get()) is not None:
             yield frame
 
+    @property
+    def full(self) -> bool:
+        """Whether it is as long as allowed."""
+        return self.frames >= self.most_frames
+
     def add(self, pixels: Pixels) -> bool:
         """Take one frame; False if the recording cannot go on: it is full, or the disk is slow."""
-        if self.frames >= self.most_frames or self._error is not None:
+        if self.full or self._error is not None:
             return False
         try:
             self._queue.put_nowait(pixels)

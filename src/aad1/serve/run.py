@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 HEARTBEAT_SECONDS = 20.0
+CLOSE_SECONDS = 5.0
+"""That a goodbye may take before the connection is cut."""
+SEND_BUFFER = 2**16
+"""Bytes that the system may hold for one slow reader (Linux doubles it): a few tens of frames. By
+default it grows to megabytes, which such a reader would see before anything is dropped."""
 
 
 def is_loopback(host: str) -> bool:
@@ -27,6 +32,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_one(host: str) -> bool:
+    """Whether that is one address, rather than all of this machine."""
+    return host not in ("0.0.0.0", "::", "")
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A socket on that address. UserError if it is taken or not this machine's."""
     if not 0 <= port <= 65535:
@@ -34,6 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # of its connections too
     try:
         sock.bind((host, port))
         sock.listen(128)  # taken from now on, while the model still loads
@@ -47,18 +58,27 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(sock: socket.socket) -> str:
-    """http://host:port of a bound socket."""
+    """http://host:port of a bound socket, as this machine reaches it."""
     host, port = sock.getsockname()[:2]
+    host = host if is_one(host) else "::1" if ":" in host else "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def uvicorn_server(app: FastAPI) -> uvicorn.Server:
     """The server with a heartbeat, a bound on messages, and no log of addresses (or tokens)."""
     import uvicorn
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+    class Connection(WebSocketsSansIOProtocol):
+        """Cut some time after its end: closing waits for what was not read, perhaps for ever."""
+
+        async def run_asgi(self) -> None:
+            await super().run_asgi()
+            self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
     hub = app.state.hub
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="websockets-sansio",
+        app, log_level="warning", access_log=False, ws=Connection,
         # Somewhat above the limit, so that a picture slightly too large gets an answer in words.
         ws_max_size=2 * hub.limits.image_bytes + 2**16, ws_max_queue=8,
         ws_ping_interval=HEARTBEAT_SECONDS, ws_ping_timeout=HEARTBEAT_SECONDS,

@@ -48,7 +48,7 @@ def selftest(app: FastAPI, prompts: tuple[str, str]) -> list[str]:
                 break
         stats = client.stats
         client.stop()
-    left = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    left = [t for t in threading.enumerate() if t not in threads]
     numbers = [frame.number for frame in frames]
     checks = {
         "frames missing, doubled or out of order": numbers == list(range(total)),

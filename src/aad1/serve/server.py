@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 
 from aad1 import __version__
 from aad1.serve import protocol
@@ -31,6 +32,7 @@ from aad1.serve.hub import Hub
 from aad1.serve.live import Live, packer
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.protocol import ProtocolError
+from aad1.serve.run import CLOSE_SECONDS
 from aad1.serve.viewer import Controller, Outbox
 
 STATIC = Path(__file__).parent / "static"
@@ -38,9 +40,11 @@ MOST_CHUNKS = 30
 """Of a one-shot video."""
 SEND_SECONDS = 20.0
 """A client that takes no message for so long is gone."""
+GONE = (RuntimeError, WebSocketDisconnect, TimeoutError)
+"""How a client's end shows while something is sent to it."""
 HTTP = {
     "bad_message": 422, "bad_value": 422, "bad_image": 422, "too_large": 413, "rate_limited": 429,
-    "busy": 429, "not_ready": 503,
+    "busy": 429, "not_ready": 503, "internal": 500,
 }  # fmt: skip
 CLOSE = {"busy": 1013, "not_ready": 1013, "no_session": 1008}
 POLICY = (
@@ -119,6 +123,12 @@ def _api(app: FastAPI, hub: Hub) -> None:
     @app.exception_handler(ProtocolError)
     async def typed(request: Request, error: ProtocolError) -> Response:
         return _problem(error)
+
+    @app.exception_handler(HTTPException)
+    async def untyped(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "not_allowed"}.get(error.status_code, "bad_message")
+        message = " ".join(str(error.detail).split())
+        return JSONResponse({"code": code, "message": message}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -204,19 +214,22 @@ def _websocket(app: FastAPI, hub: Hub) -> None:
         await socket.accept()
         try:
             live = hub.open() if session is None else hub.find(session)
-        except ProtocolError as error:
+        except Exception as error:
+            problem = protocol.typed(error)
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # it may have gone
-                await socket.send_json(error.message())
-                await socket.close(CLOSE[error.code], str(error))
+                await socket.send_json(problem.message())
+                await socket.close(CLOSE.get(problem.code, 1011), str(problem))
             return
         owner = session is None
         outbox = Outbox()
         outbox.event(
             {
                 "type": "hello", "session": live.id, "role": "owner" if owner else "viewer",
-                "status": live.core.status, "prompt": live.core.prompt, "info": hub.facts.public(),
+                **live.status(), "info": hub.facts.public(),
             }
         )  # fmt: skip
+        if live.last is not None and live.core.status == "paused":
+            outbox.frame(live.last)  # nothing else would come
         live.listeners.add(outbox)
         tasks = {
             asyncio.create_task(_send(socket, outbox)),
@@ -228,11 +241,15 @@ def _websocket(app: FastAPI, hub: Hub) -> None:
             live.listeners.discard(outbox)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            faults = [r for r in results if isinstance(r, Exception) and not isinstance(r, GONE)]
+            for fault in faults:
+                protocol.typed(fault)
             if owner:
                 await hub.leave(live)
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await socket.close(1000)
+            # One who reads nothing leaves no room for a goodbye.
+            with contextlib.suppress(*GONE):
+                await asyncio.wait_for(socket.close(1011 if faults else 1000), CLOSE_SECONDS)
 
 
 async def _send(socket: WebSocket, outbox: Outbox) -> None:
@@ -248,7 +265,7 @@ async def _send(socket: WebSocket, outbox: Outbox) -> None:
 async def _receive(socket: WebSocket, outbox: Outbox, hub: Hub, live: Live, owner: bool) -> None:
     """Answer the client's messages until it goes."""
     rate = hub.limits.messages_per_second
-    controller = Controller(live, hub.picture, rate)
+    controller = Controller(live, hub.picture)
     bucket = Bucket(rate, 2 * rate)
     while True:
         message = await socket.receive()
@@ -256,10 +273,10 @@ async def _receive(socket: WebSocket, outbox: Outbox, hub: Hub, live: Live, owne
             return
         data = message.get("text")
         data = message.get("bytes") or b"" if data is None else data
-        if owner:
+        if not bucket.take():
+            outbox.event(ProtocolError("rate_limited", "too many messages; slow down").message())
+        elif owner:
             outbox.event(await controller.answer(data))
-        elif bucket.take():
+        else:
             refusal = ProtocolError("view_only", "only the session's owner steers it")
             outbox.event(refusal.message())
-        else:
-            outbox.event(ProtocolError("rate_limited", "too many messages; slow down").message())

@@ -29,6 +29,8 @@ MARGIN = 1.3
 """A chunk counts as possible in time if the last ones took this much less than there is left."""
 REMEMBERED = 64
 """Past chunks and switches that the figures are made of."""
+WINDOW = 3.0
+"""Seconds over which frames are counted for the rate, stalls included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +107,19 @@ class Session:
         self._begin_point: Any = None
         self._steering: _Steering | None = None
         self._estimate: float | None = None
+        self._settle = 0.0  # seconds that the cache pass after a chunk takes
+        self._settled = -1.0e9  # when the last one was done
         self._seconds: deque[dict[str, float]] = deque(maxlen=REMEMBERED)
         self._latencies: deque[float] = deque(maxlen=REMEMBERED)
-        self._taken: deque[float] = deque(maxlen=REMEMBERED)
+        self._taken: deque[float] = deque()  # when, in the last WINDOW
+        self._counted_from: float | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._job: Job | None = None
         self._showing: deque[Frame] = deque()
         self._ahead: _Chunk | None = None
+        self._settling: Job | None = None  # the chunk whose cache pass is being done
         self._tip: Any = self._begin_point  # the point after the chunk on show
         self._tip_chunk = -1
         self._tip_text: Text = None
@@ -121,7 +127,7 @@ class Session:
         self._due: float | None = None  # of the next frame; None before the first
         self._paused_at: float | None = None
         self._waiting = False  # whether the switch now in force has not been seen yet
-        self._taken.clear()
+        self._restart_count()
 
     # -- commands -------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class Session:
         if self._due is not None:
             self._due += now - self._paused_at
         self.status, self._paused_at = "running", None
-        self._taken.clear()
+        self._restart_count()
 
     def stop(self) -> None:
         """End the video. A chunk still in the making is thrown away when it comes."""
@@ -224,15 +230,22 @@ class Session:
     ) -> bool:
         """A chunk is made. False if it is thrown away: of an earlier video, or steered past.
 
-        packed: one entry per frame, or none at all.
+        packed: one entry per frame, or none at all. After True, a driver may have the chunk's cache
+        pass done ahead of its use, and then calls `settled`.
         """
         if job is not self._job or self._steering is None:
             return False
         self._job = None
         total = now - job.issued
-        self._seconds.append({**seconds, "chunk": total, "length": len(frames) / self.fps})
+        # A job that came while the cache pass before it was being done has waited for that.
+        waited = min(self._settle, max(0.0, self._settled - job.issued))
+        alone = total - waited
+        self._seconds.append(
+            {**seconds, "chunk": total, "busy": alone + self._settle,
+             "length": len(frames) / self.fps}
+        )  # fmt: skip
         self._estimate = (
-            total if self._estimate is None else self._estimate + 0.25 * (total - self._estimate)
+            alone if self._estimate is None else self._estimate + 0.25 * (alone - self._estimate)
         )
         if job.steer != self._steering.number and self._in_time(now):
             self.dropped_chunks += 1
@@ -246,10 +259,18 @@ class Session:
             for k, pixels in enumerate(frames)
         )  # fmt: skip
         self._ahead = _Chunk(frames=made, job=job, after=after)
+        self._settling = job
         if not self._showing and self.status == "running":
             self._reanchor(now)
             self._due = now if self._due is None else self._due
         return True
+
+    def settled(self, job: Job, seconds: float, now: float) -> None:
+        """The cache pass of a delivered chunk is done, and took that long."""
+        self._settle = self._settle + 0.25 * (seconds - self._settle) if self._settle else seconds
+        self._settled = now
+        if job is self._settling:
+            self._settling = None
 
     def fail(self, job: Job) -> None:
         """A job could not be done; the session stops if it was for the video on show."""
@@ -276,6 +297,10 @@ class Session:
             self._due += 1 / self.fps
             self._taken.append(now)
         if frames:
+            if self._counted_from is None:
+                self._counted_from = now
+            while self._taken[0] <= now - WINDOW:
+                self._taken.popleft()
             self._note_latency(frames[-1], now)
         return frames
 
@@ -299,7 +324,6 @@ class Session:
             return
         if now - self._due > LATE:
             self.stalls += 1
-            self._taken.clear()
         self.stalled_seconds += now - self._due
         self._due = now
 
@@ -310,7 +334,8 @@ class Session:
         if self._due is None or self._estimate is None:
             return False
         due = self._due + len(self._showing) / self.fps
-        return now + MARGIN * self._estimate <= due
+        first = self._settle if self._settling is not None else 0.0  # the model is busy with it
+        return now + MARGIN * (first + self._estimate) <= due
 
     def _note_latency(self, frame: Frame, now: float) -> None:
         if self._waiting and self._steering is not None and frame.steer == self._steering.number:
@@ -319,26 +344,38 @@ class Session:
 
     # -- figures --------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
+    def _restart_count(self) -> None:
+        self._taken.clear()
+        self._counted_from = None
+
+    def _rate(self, now: float) -> float | None:
+        """Frames a second in the last WINDOW, or since the first one if that is less."""
+        if self._counted_from is None or now <= self._counted_from:
+            return None
+        span = min(WINDOW, now - self._counted_from)
+        # the first frame opens the time that is counted, so it is not in it
+        return sum(max(now - WINDOW, self._counted_from) < t for t in self._taken) / span
+
+    def stats(self, now: float) -> dict[str, Any]:
         """Figures of the last chunks and switches, for people and for tests.
 
-        speed: seconds of video made per second of making, waiting for a turn included; below 1 the
-        stream is slower than real time. fps: frames shown a second. Times in milliseconds; None
-        where nothing was measured yet.
+        speed: seconds of video made per second of making, waiting for a turn and the cache pass
+        after each chunk included; below 1 the stream is slower than real time. fps: frames
+        shown a second, stalls included. Times in milliseconds; None where nothing was measured.
         """
 
         def middle(name: str) -> float | None:
             values = [s[name] for s in self._seconds if name in s]
             return round(1000 * median(values), 1) if values else None
 
-        span = self._taken[-1] - self._taken[0] if len(self._taken) > 1 else 0.0
         recent = list(self._seconds)[-8:]
-        busy = sum(s["chunk"] for s in recent)
+        busy = sum(s["busy"] for s in recent)
+        rate = self._rate(now)
         return {
             "status": self.status,
             "generation": self.generation,
             "frame": self._number,
-            "fps": round((len(self._taken) - 1) / span, 2) if span > 0 else None,
+            "fps": None if rate is None else round(rate, 2),
             "native_fps": self.fps,
             "speed": round(sum(s["length"] for s in recent) / busy, 3) if busy > 0 else None,
             "chunk_ms": middle("chunk"),

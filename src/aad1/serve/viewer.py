@@ -11,7 +11,6 @@ from typing import Any
 
 from aad1.errors import UserError
 from aad1.serve import protocol
-from aad1.serve.guard import Bucket
 from aad1.serve.live import Live, recorded
 from aad1.serve.protocol import ProtocolError
 from aad1.serve.session import Frame
@@ -46,13 +45,8 @@ class Outbox:
             self._events.append(message)
         self._there.set()
 
-    def close(self) -> None:
-        """Send what is there, then end."""
-        self.closed = True
-        self._there.set()
-
     async def next(self) -> str | bytes | None:
-        """The next message, events first; None after `close`."""
+        """The next message, events first; None after the last of a session that has ended."""
         while True:
             if self._events:
                 message = self._events.popleft()
@@ -82,23 +76,20 @@ NEEDS_VIDEO = (protocol.Prompt, protocol.Pause, protocol.Resume, protocol.Reset)
 class Controller:
     """Carries out the commands of the client that owns a session."""
 
-    def __init__(self, live: Live, picture: Picture, rate: float) -> None:
+    def __init__(self, live: Live, picture: Picture) -> None:
         self.live, self._picture = live, picture
-        self._bucket = Bucket(rate, 2 * rate)
 
     async def answer(self, message: str | bytes) -> dict[str, Any]:
         """One message of the client -> the message that answers it."""
         number = None
         try:
-            if not self._bucket.take():
-                raise ProtocolError("rate_limited", "too many messages; slow down")
             command = protocol.parse(message)
+            if not isinstance(command, protocol.Ping):
+                self.live.touch()
             number = command.id
             result = await self._run(command)
-        except ProtocolError as error:
-            return error.message(number)
-        except UserError as error:
-            return ProtocolError("bad_value", str(error)).message(number)
+        except Exception as error:
+            return protocol.typed(error).message(number)
         answer = {"type": "ack", "command": command.type, **result}
         return answer if number is None else answer | {"id": number}
 

@@ -17,10 +17,11 @@ from PIL import Image
 
 from aad1.errors import UserError
 from aad1.media import read_video
+from aad1.serve import recorder
 from aad1.serve.client import LiveClient, ReceivedFrame, ServerError
 from aad1.serve.guard import Bucket
 from aad1.serve.run import background
-from serve_fakes import CHUNK, FakeModel
+from serve_fakes import CHUNK, FakeModel, until
 
 Make = Callable[..., Any]
 Serve = Callable[[Any], str]
@@ -46,15 +47,6 @@ def take(client: LiveClient, count: int) -> list[ReceivedFrame]:
     return list(itertools.islice(client.frames(), count))
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
-
-
 # -- sessions -------------------------------------------------------------------------------------
 
 
@@ -71,9 +63,9 @@ def test_a_session_from_start_to_stop(app: Any, url: str) -> None:
         after = next(f for f in client.frames() if f.steer >= number)
         assert abs(int(after.pixels[..., 2].mean()) - 200) <= 2
         client.pause()
-        shown = app.state.hub.sessions[client.hello["session"]].core.stats()["frame"]
+        shown = app.state.hub.sessions[client.hello["session"]].core.stats(0.0)["frame"]
         time.sleep(0.3)
-        assert app.state.hub.sessions[client.hello["session"]].core.stats()["frame"] == shown
+        assert app.state.hub.sessions[client.hello["session"]].core.stats(0.0)["frame"] == shown
         client.resume()
         assert client.reset(seed=9) == 2
         assert next(f for f in client.frames() if f.generation == 2).number == 0
@@ -145,6 +137,20 @@ def test_viewers_see_the_same_frames_and_may_not_steer(app: Any, url: str) -> No
     assert caught.value.code == "no_session"
 
 
+def test_a_viewer_of_a_paused_session_sees_what_is_on_show_and_hears_of_prompts(url: str) -> None:
+    with LiveClient(url) as owner:
+        owner.start("ab", sample="00.png")
+        take(owner, 10)
+        owner.pause()
+        while owner.stats.get("status") != "paused":
+            owner._receive(time.perf_counter() + 5)
+        with LiveClient(url, session=owner.hello["session"], timeout=5) as viewer:
+            assert (viewer.hello["status"], viewer.hello["prompt"]) == ("paused", "ab")
+            assert next(viewer.frames()).number == owner.stats["frame"] - 1
+            owner.steer("abc")
+            assert hears(viewer, "status")["prompt"] == "abc"
+
+
 def hears(client: LiveClient, kind: str) -> dict[str, Any]:
     """The next event of that kind; UserError if it does not come."""
     end = time.perf_counter() + 5
@@ -162,18 +168,28 @@ def hears(client: LiveClient, kind: str) -> dict[str, Any]:
 def test_a_recording_holds_what_was_shown(url: str, tmp_path: Path) -> None:
     with LiveClient(url) as client:
         client.start("a" * 30, sample="00.png")
-        take(client, 10)
+        shown = take(client, 10)
         client.record()
-        take(client, 70)
+        shown += take(client, 30)
+        client.steer("a" * 200)  # what follows is recorded too, and in its place
+        shown += take(client, 60)
         client.pause()
         time.sleep(0.1)
         client.resume()
-        take(client, 10)
+        shown += take(client, 10)
         client.pause()
         count = client.save_recording(tmp_path / "x.mp4")
+        shown += client._frames
     video = read_video(tmp_path / "x.mp4")
     assert len(video) == count >= 75
     assert video.shape[1:] == (240, 240, 3)  # small pictures are enlarged
+    # It holds consecutive frames of those that were received: compare what the pixels say.
+    assert {f.steer for f in shown} == {1, 2}
+    seen = np.stack([f.pixels.mean((0, 1)) for f in shown])
+    held = video.float().mean((1, 2)).numpy()
+    errors = [abs(seen[k : k + count] - held).max() for k in range(len(seen) - count + 1)]
+    assert min(errors) < 8  # of 255, for H.264 and JPEG; one frame off is 120 at a chunk's end
+    assert np.ptp(held[:, 2]) > 150  # the switch is in it
     # each frame says its place in the chunk (8 levels apart): consecutive, none twice, none lost
     place = np.rint(video.float().mean((1, 2))[:, 0].numpy() / 8).astype(int)
     assert (np.diff(place) % CHUNK == 1).all()
@@ -200,8 +216,75 @@ def test_a_recording_ends_by_itself_when_it_is_full(make_app: Make, serve: Serve
         client.record()
         event = hears(client, "recorded")
         assert event["frames"] == 40
+        assert event["reason"] == "it is as long as allowed"
         reply = httpx.get(f"{url}/{event['url']}")
         assert reply.headers["content-type"] == "video/mp4"
+
+
+def test_a_session_deletes_its_own_oldest_recordings_only(make_app: Make, serve: Serve) -> None:
+    app = make_app(recordings=2)
+    url = serve(app)
+
+    def record(client: LiveClient) -> str:
+        client.record()
+        lives = app.state.hub.sessions.values()
+        assert until(lambda: any(x._recorder is not None and x._recorder.frames for x in lives))
+        return str(client.command({"type": "record", "on": False})["url"])
+
+    def there(*names: str) -> list[bool]:
+        return [httpx.get(f"{url}/{name}").status_code == 200 for name in names]
+
+    with LiveClient(url) as quiet:
+        quiet.start("a", sample="00.png")
+        kept = record(quiet)
+        with LiveClient(url) as rough:
+            rough.start("a", sample="00.png")
+            names = [record(rough) for _ in range(4)]
+            assert there(kept, *names) == [True, False, False, True, True]
+        assert until(lambda: len(app.state.hub.sessions) == 1)
+        assert there(kept, *names) == [True, False, False, True, True]  # may still be fetched
+        quiet.record()
+        take(quiet, 5)
+    assert until(lambda: not app.state.hub.sessions)
+    # of those that ended together the newest two; what was not finished has no name to be had
+    assert there(kept, *names) == [True, False, False, False, True]
+    assert until(lambda: len(list(app.state.hub.recordings.glob("*.mp4"))) == 2)
+
+
+def test_a_recording_that_the_encoder_cut_says_so(
+    make_app: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "BACKLOG", 2)
+    real = recorder.Recorder._frames
+
+    def slow(self: Any) -> Any:
+        for frame in real(self):
+            time.sleep(0.2)
+            yield frame
+
+    monkeypatch.setattr(recorder.Recorder, "_frames", slow)
+    with LiveClient(serve(make_app())) as client:
+        client.start("a", sample="00.png")
+        client.record()
+        event = hears(client, "recorded")
+        assert event["reason"] == "the encoder could not keep up"
+        assert event["frames"] < 20
+
+
+def test_a_session_that_nobody_uses_ends(make_app: Make, serve: Serve) -> None:
+    app = make_app(idle_seconds=1.5)
+    with LiveClient(serve(app)) as idle, LiveClient(idle.url) as paused, LiveClient(idle.url) as on:
+        for client in (paused, on):
+            client.start("a", sample="00.png")
+        take(paused, 5)
+        paused.record()
+        take(paused, 5)
+        paused.pause()
+        assert "no video ran for" in hears(idle, "ended")["reason"]
+        assert hears(paused, "recorded")["frames"] > 0
+        hears(paused, "ended")
+        assert until(lambda: len(app.state.hub.sessions) == 1)
+        assert [f.number for f in take(on, 400)] == list(range(400))  # 2.5 s of video
 
 
 # -- one shot -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 
 from aad1.errors import UserError
 from aad1.pipeline import Pipeline
+from aad1.rollout.stream import State
 from aad1.serve.model import PipelineModel
 from aad1.serve.session import LATE, REMEMBERED, Session
 from serve_fakes import CHUNK, FPS, Drive
@@ -53,11 +55,11 @@ def test_a_stall_moves_what_follows_and_nothing_comes_in_a_burst() -> None:
     times = [t for t, _ in drive.shown]
     gaps = np.diff(times)
     assert gaps.min() > 0.9 / FPS
-    assert (gaps > 2 / FPS).sum() == drive.session.stats()["stalls"] > 0
+    assert (gaps > 2 / FPS).sum() == drive.stats()["stalls"] > 0
     assert numbers(drive) == list(range(len(times)))
     # the time lost is the time stalled, and none is made up for
     lost = times[-1] - times[0] - (len(times) - 1) / FPS
-    assert lost == pytest.approx(drive.session.stats()["stalled_ms"] / 1000, abs=1e-3)
+    assert lost == pytest.approx(drive.stats()["stalled_ms"] / 1000, abs=1e-3)
 
 
 def test_a_reader_that_comes_late_by_little_is_caught_up_and_by_much_is_not() -> None:
@@ -73,8 +75,33 @@ def test_a_slow_model_shows_every_chunk_and_says_that_it_is_slow() -> None:
     drive = Drive(seconds=2.0)
     drive.until(21)
     assert numbers(drive) == list(range(len(drive.shown)))
-    assert drive.session.stats()["speed"] == pytest.approx(0.5)
-    assert drive.session.stats()["stalls"] >= 8
+    assert drive.stats()["speed"] == pytest.approx(0.5)
+    assert drive.stats()["stalls"] >= 8
+
+
+def test_the_rate_has_the_stalls_in_it() -> None:
+    drive = Drive(seconds=2.0)  # a second of video every two seconds
+    rates = []
+    for k in range(100):
+        drive.until(10 + 0.2 * k)
+        rates.append(drive.stats()["fps"])
+    assert np.mean(rates) == pytest.approx(FPS / 2, rel=0.05)
+    assert max(rates) <= FPS * 2 / 3 + 0.5  # the last 3 s have at most two of the chunks
+    drive.seconds = 60.0
+    drive.until(40)
+    assert drive.stats()["fps"] == 0
+
+
+def test_the_rate_counts_from_the_first_frame_and_from_the_end_of_a_pause() -> None:
+    drive = Drive(seconds=0.2)
+    for time in (0.7, 1.2, 5.0, 9.0):
+        drive.until(time)
+        assert drive.stats()["fps"] == pytest.approx(FPS, abs=2)
+    drive.session.pause(drive.now)
+    drive.until(20)
+    drive.session.resume(drive.now)
+    drive.until(20.7)
+    assert drive.stats()["fps"] == pytest.approx(FPS, abs=2)
 
 
 @pytest.mark.parametrize("phase", np.linspace(0.02, 0.98, 13))
@@ -88,10 +115,34 @@ def test_a_switch_is_seen_after_the_chunk_on_show(phase: float) -> None:
     assert drive.latency(number, 5.2 + phase) == pytest.approx(expected, abs=1.1 / FPS)
     # no jump, nothing twice, no stall
     assert positions(drive) == [divmod(k, CHUNK) for k in range(len(drive.shown))]
-    assert drive.session.stats()["stalls"] == 0
-    assert drive.session.stats()["dropped_chunks"] == int(possible)
+    assert drive.stats()["stalls"] == 0
+    assert drive.stats()["dropped_chunks"] == int(possible)
     first = 6 if possible else 7
     assert drive.texts()[:8] == [1] * first + [3] * (8 - first)
+
+
+def test_steering_never_stutters_where_the_cache_pass_is_dear() -> None:
+    """A chunk of 1 s takes 0.35 s and 0.6 s more for the cache pass: 1.05 times real time."""
+    rng = random.Random(0)
+    drive = Drive(seconds=0.35, settle=0.6)
+    time = 4.0
+    for k in range(200):
+        time += rng.uniform(0.05, 2.0)
+        drive.until(time)
+        drive.steer("ab"[k % 2])
+    drive.until(time + 3)
+    gaps = np.diff([t for t, _ in drive.shown])
+    assert gaps.max() < 1.1 / FPS
+    assert drive.session.dropped_chunks > 10
+    assert drive.session.stalled_seconds == 0
+    assert drive.stats()["speed"] == pytest.approx(1 / 0.95, rel=0.02)
+
+
+def test_a_model_slowed_by_its_cache_pass_says_so() -> None:
+    drive = Drive(seconds=0.8, settle=0.8)
+    drive.until(30)
+    assert drive.stats()["speed"] == pytest.approx(1 / 1.6, rel=0.02)
+    assert len(drive.shown) == pytest.approx(30 / 1.6 * CHUNK, rel=0.1)
 
 
 def test_median_and_worst_latency_keep_the_goal() -> None:
@@ -107,7 +158,7 @@ def test_median_and_worst_latency_keep_the_goal() -> None:
     measured = [drive.latency(number, asked) for number, asked in latencies]
     assert np.median(measured) <= 1.0
     assert max(measured) <= 1.5
-    assert drive.session.stats()["stalls"] == 0
+    assert drive.stats()["stalls"] == 0
 
 
 def test_the_chunk_after_a_switch_continues_what_was_shown() -> None:
@@ -160,7 +211,7 @@ def test_pause_holds_and_resume_goes_on_without_a_gap_in_the_frames() -> None:
     assert numbers(drive) == list(range(len(drive.shown)))
     times = [t for t, _ in drive.shown]
     assert times[shown] - 60 <= 1 / FPS
-    assert drive.session.stats()["stalls"] == 0
+    assert drive.stats()["stalls"] == 0
     with pytest.raises(UserError, match="running"):
         drive.session.resume(drive.now)
 
@@ -175,7 +226,7 @@ def test_a_switch_while_paused_drops_the_chunk_that_waits() -> None:
     drive.session.resume(drive.now)
     drive.until(9)
     assert drive.latency(number, 6 - 0) < 0.5  # 0.3 s of the chunk on show were left
-    assert drive.session.stats()["stalls"] == 0
+    assert drive.stats()["stalls"] == 0
 
 
 def test_reset_begins_again_with_a_new_generation_and_drops_what_is_in_the_making() -> None:
@@ -270,6 +321,28 @@ def test_what_is_shown_equals_a_plain_rollout_with_a_prompt_per_chunk(
     expected = pipe.codec.decode(whole)[0].numpy()[: len(shown)]
     assert len(set(prompts.values())) == 3
     np.testing.assert_array_equal(np.stack(shown), expected)
+
+
+def test_a_settled_point_holds_one_cache_and_decodes_as_the_pipeline_does(
+    tiny_pipeline: Callable[..., Pipeline],
+) -> None:
+    pipe = tiny_pipeline()
+    taken = []
+    real = pipe.decoder_stream
+    pipe.decoder_stream = lambda: taken.append(real()) or taken[-1]  # type: ignore[method-assign]
+    model = PipelineModel(pipe)
+    picture = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    point = model.begin(picture, 0)
+    assert taken and point.decoder is taken[0]
+    text = model.encode("left")
+    gc.collect()
+    before = sum(type(o) is State for o in gc.get_objects())  # a state has a cache
+    for _ in range(3):
+        point = model.generate(point, text).after
+        model.settle(point)
+    gc.collect()
+    after = sum(type(o) is State for o in gc.get_objects())
+    assert after == before  # one, as at the beginning
 
 
 def test_points_of_every_codec_can_be_continued_twice(
