@@ -78,7 +78,8 @@ def encode(prompts: list[str]) -> torch.Tensor:
 
 def trainer(
     name: str, processes: mesh.Processes, *, checkpointed: bool = False, averaged: bool = True,
-    causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, **optim: Any,
+    causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, graph: str = "auto",
+    **optim: Any,
 ) -> Trainer:  # fmt: skip
     """A tiny run of a stage: "ode", "dmd" or "aad"."""
     conditioner = Conditioner(encode, GEOMETRY)
@@ -101,7 +102,8 @@ def trainer(
             nn.init.normal_(p, std=0.2)
         modules["discriminator"] = critic
         rollout = Rollout(generator, GEOMETRY, SIGMAS)
-        stage = Adversarial(rollout, critic, conditioner, AdversarialConfig())
+        chosen = AdversarialConfig(graph=graph).settled(checkpointed)
+        stage = Adversarial(rollout, critic, conditioner, chosen)
     standard: dict[str, Any] = dict(batch=4, lr=1e-3, critic_lr=1e-3, clip=1e9, critic_clip=1e9)
     made = Trainer(
         stage, Clips(len(SIGMAS)), modules, ("generator",) if averaged else (),

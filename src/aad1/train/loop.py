@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from aad1.parallel.mesh import Processes, SharedError, share
 from aad1.parallel.shard import distribute, gathered, local, reduce_over_replicas, reshard, whole
-from aad1.stages.base import Logs, SampleNoise, Stage
+from aad1.stages.base import Batch, InParts, Logs, Loss, SampleNoise, Stage
 from aad1.train.adam import MomentlessAdamW
 from aad1.train.config import OptimConfig
 from aad1.train.muon import Muon
@@ -184,17 +184,27 @@ class Trainer:
         """Gradients of one micro-batch: samples from `position` of the stream on, which are those
         from `number` on in the global batch."""
         batch = self.source.batch(position, self.micro)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16,
-            cache_enabled=self.processes.size == 1,  # a cast copy of all weights is not wanted
-        ):  # fmt: skip
-            rng = self._noise(role, index, number)
-            if role == "critic":
-                loss, logs = self.stage.critic_loss(batch, rng)
-            else:
-                loss, logs = self.stage.generator_loss(batch, rng)
-        (loss * (self.micro / self.samples)).backward()
-        return logs
+        parts = self._losses(role, batch, self._noise(role, index, number))
+        logs: Logs = {}
+        while True:
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.bf16,
+                cache_enabled=self.processes.size == 1,  # a cast copy of all weights is not wanted
+            ):  # fmt: skip
+                part = next(parts, None)
+            if part is None:
+                return logs
+            (part[0] * (self.micro / self.samples)).backward()
+            logs |= part[1]
+
+    def _losses(self, role: str, batch: Batch, noise: SampleNoise) -> Iterator[Loss]:
+        """Losses to back-propagate one after the other; usually there is one."""
+        if role != "critic":
+            yield self.stage.generator_loss(batch, noise)
+        elif isinstance(self.stage, InParts):
+            yield from self.stage.critic_parts(batch, noise)
+        else:
+            yield self.stage.critic_loss(batch, noise)
 
     def _noise(self, role: str, index: int, number: int) -> SampleNoise:
         step = (self.seed, role, self.update, index)

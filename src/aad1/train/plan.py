@@ -96,15 +96,18 @@ class Plan:
     teacher: WanConfig
 
 
-def plan(e: Experiment, cluster: Cluster) -> Plan:
-    """The plan of an experiment on Wan's data. UserError for another world or a teacher's run."""
+def plan(e: Experiment, cluster: Cluster, teacher: WanConfig | None = None) -> Plan:
+    """The plan of an experiment on Wan's data. UserError for another world or a teacher's run.
+
+    teacher: its architecture, if not that of what the experiment names.
+    """
     if not isinstance(e.data, WanData) or not isinstance(
         e.stage, OdeInitConfig | DmdConfig | AdversarialConfig
     ):
         raise UserError(f"--dry-run knows the Wan presets; {e.name} is none")
     clip = _clip(e, e.data)
     e.geometry.chunks(clip.frames)
-    teacher = _config_of(e.teacher) or e.model
+    teacher = teacher or _config_of(e.teacher) or e.model
     student = _config_of(e.init) or e.model
     bf16 = e.precision != "fp32"
     roles = _roles(e, student, teacher, bf16)
@@ -252,9 +255,10 @@ def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> 
     backbone = student if e.discriminator.causal else teacher
     judge = costs.discriminator(backbone, clip, geometry, e.discriminator)
     relative = judge.forward * (e.stage.loss == "relativistic")
-    passes = 4 if e.stage.penalty_weight else 2
+    groups, ahead = e.stage.settled(again).turns()
+    passes = sum(map(len, groups))
     generator = rollout + judge.to_input(again) + relative + replay
-    return generator, rollout + passes * judge.training(again)
+    return generator, rollout + passes * judge.training(again) + len(ahead) * judge.forward
 
 
 def _activations(
@@ -287,9 +291,10 @@ def _activations(
     seen_by = block_causal(g, frames) if causal else bidirectional(frames)
     judge = student if causal else teacher
     phases["generator, judged"] = past + graph(judge, seen_by, frames, clips=clips, layers=layers)
-    passes = 2 if e.stage.penalty_weight else 1
-    phases["discriminator"] = graph(
-        judge, seen_by, frames, clips=2 * clips, passes=passes, layers=layers
+    groups, _ = e.stage.settled(e.checkpoint_blocks).turns()
+    most, pair = max(map(len, groups)), 1 + (len(groups) == 1)
+    phases["discriminator"] = graph(  # as one graph, real and generated clips share a pass
+        judge, seen_by, frames, clips=pair * clips, passes=most // pair, layers=layers
     )
     return phases
 

@@ -186,6 +186,7 @@ class Run:
             backbone = self._teacher_network(trained=True)
         critic = Discriminator(backbone, e.discriminator, e.geometry)
         modules["discriminator"] = critic.to(self.device)
+        config = config.settled(e.checkpoint_blocks)
         return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
 
     def _trajectories(self, log: RunLog) -> Source:

@@ -52,12 +52,18 @@ def test_figures_of_the_plan() -> None:
     assert small.roles[1].weights == 2 * small.roles[1].parameters
     # K and V of 17 frames at 288 MB, and a cache of 5 frames beside the one it replaces.
     assert small.activations["rollout"] / 1e9 == pytest.approx((17 + 10) * 0.2875, rel=0.01)
-    phases = whole.activations
-    # Those K and V are kept for the replay, not while the discriminator is trained. It has two
-    # passes of two clips alive: twice the block inputs beyond what two judged clips have.
-    judged = phases["generator, judged"] - 17 * 1.278e9
+    # Those K and V are kept for the replay, not while the discriminator is trained. A clip and its
+    # perturbed copy are alive there: a pass's block inputs more than where a clip is judged.
+    judged = whole.activations["generator, judged"] - 17 * 1.278e9
     inputs = 40 * 32760 * 5120 * 4
-    assert phases["discriminator"] - 2 * judged == pytest.approx(2 * inputs, rel=0.01)
+    assert whole.activations["discriminator"] - judged == pytest.approx(inputs, rel=0.01)
+    aad = preset("wan14b-aad")
+    for graph, passes, clips in (("single", 1, 1), ("pairs", 2, 1), ("whole", 4, 2)):
+        other = plan(replace(aad, stage=replace(aad.stage, graph=graph)), Cluster())  # type: ignore[type-var]
+        # The blocks' inputs of all passes, and one block with all the clips of its pass.
+        want = passes * inputs + clips * (judged - inputs)
+        assert other.activations["discriminator"] == pytest.approx(want, rel=0.01)
+        assert (other.work > whole.work) == (graph == "single")
     assert whole.context == 1
     assert plan(preset("wan14b-aad"), Cluster(gpus=64)).context == 8
     assert plan(preset("wan1.3b-aad"), Cluster(gpus=64)).context == 4  # 12 heads
