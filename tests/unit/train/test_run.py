@@ -15,14 +15,14 @@ import torch
 from aad1.errors import UserError
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
-from aad1.pipeline import INDEX, Pipeline, weights_hash
+from aad1.pipeline import INDEX, Pipeline, pick_device, weights_hash
 from aad1.presets import preset
 from aad1.train import checkpoint
 from aad1.train.config import Experiment, MonitorConfig
 from aad1.train.log import RunLog
 from aad1.train.monitor import Validation
 from aad1.train.record import read_record
-from aad1.train.run import Run, pick_device
+from aad1.train.run import Run
 
 STAGES = ("teacher", "ode", "dmd", "aad")
 PARENT = {"ode": "teacher", "dmd": "ode", "aad": "dmd"}
@@ -106,7 +106,7 @@ def test_what_comes_out_generates(chain: Path, stage: str) -> None:
 def test_a_teacher_learns_its_prompt_encoder(tmp_path: Path) -> None:
     # Its output layers start at zero, so the prompts' first gradient comes after some updates.
     run = Run(experiment("teacher", tmp_path, optim={"updates": 6, "warmup": 0, "ema": 0.0}))
-    before = {n: p.detach().clone() for n, p in run.text.named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.setup.text.named_parameters()}
     trained = Pipeline.from_pretrained(run.train()).text
     for name, p in trained.named_parameters():
         assert float((p - before[name]).abs().max()) > 1e-4, name

@@ -22,12 +22,13 @@ from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.pipeline import Pipeline, read_info, weights_hash
 from aad1.presets import preset
 from aad1.stages.base import Conditioner
-from aad1.train import run
+from aad1.train import results, resume
+from aad1.train.blocks import checkpoint_blocks
 from aad1.train.config import Experiment, MonitorConfig, WanData
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
 from aad1.train.record import read_record
-from aad1.train.run import Run, checkpoint_blocks
+from aad1.train.run import Run
 from aad1.train.wan_world import StoredConditioner, WanWorld
 
 STAGES = ("ode", "dmd", "aad")
@@ -235,9 +236,9 @@ def test_two_steps_bf16_and_ablations_train(chain: Path, data: Path, tiny_wan: P
         for i, change in enumerate(changes):
             it = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
             if stage == "dmd":  # the real score is frozen: bfloat16 is enough for it
-                frozen = it._teacher_network(trained=False)
-                assert frozen.dtype == (torch.bfloat16 if it.bf16 else torch.float32)
-                assert it._teacher_network(trained=True).dtype == torch.float32
+                frozen = it.setup.teacher_network(trained=False)
+                assert frozen.dtype == (torch.bfloat16 if it.setup.bf16 else torch.float32)
+                assert it.setup.teacher_network(trained=True).dtype == torch.float32
             assert (it.train() / "model_index.json").exists()
 
 
@@ -245,7 +246,8 @@ def test_the_monitor_rolls_wan_clips_out(
     chain: Path, data: Path, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Any] = []
-    monkeypatch.setattr(run, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
+    for module in (resume, results):
+        monkeypatch.setattr(module, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
     e = experiment("dmd", tiny_wan, data, chain, monitor=MonitorConfig(every=1, clips=2))
     e = replace(e, optim=replace(e.optim, updates=2, accumulate=1), out=tmp_path)
     folder = Run(e).train().parent
@@ -356,7 +358,7 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
     p = plan(replace(e, precision="fp32"), Cluster())
     for kind, size in held.items():
         assert sum(getattr(role, kind) for role in p.roles) == size, kind
-    count = sum(q.numel() for q in it.generator.parameters())
+    count = sum(q.numel() for q in it.setup.generator.parameters())
     assert p.roles[0].parameters == count
     names = {"ode": ["generator"], "dmd": ["generator", "real score", "fake score"],
              "aad": ["generator", "discriminator", "its heads"]}[stage]  # fmt: skip
