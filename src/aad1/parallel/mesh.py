@@ -8,6 +8,7 @@ States are sharded over all processes, or within each of `replicas` groups (HSDP
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def start(mesh: str, device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
+        _joined.append(True)
     known = Processes(dist.get_rank(), size)
     with known.together():
         shape = MeshShape.parse(mesh, size)
@@ -186,6 +188,26 @@ def leave() -> None:
     """Leave the processes that `start` joined, if it did."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_joined: list[bool] = []
+
+
+def end(code: int, together: bool = False) -> None:
+    """End this process with `code` if it had joined others; else nothing happens.
+
+    An interpreter that takes groups of processes down on its way out aborts now and then, which
+    would look like a failed run. So all output is flushed, and it does not get that far. together:
+    all processes end here; they wait for one another, so that torchrun, which ends the others when
+    one has failed, sees the code of each.
+    """
+    if not _joined:
+        return
+    if together and dist.is_initialized():
+        dist.all_reduce(torch.zeros(()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lost_another(error: RuntimeError) -> bool:
