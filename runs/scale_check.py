@@ -116,14 +116,13 @@ def make(e: Experiment, student: WanConfig, critic: WanConfig, where: mesh.Proce
             )
         config = e.stage.settled(e.checkpoint_blocks)  # type: ignore[union-attr]
         stage = adversarial.Adversarial(rollout, judge, conditioner, config)
-    average = build(student, 1, where, device)
-    for n, module in enumerate([*modules.values(), average]):
-        fill(module, 1 if module is average else 1 + 2 * n, where, device)
+    for n, module in enumerate(modules.values()):
+        fill(module, 1 + 2 * n, where, device)
     trainer = Trainer(
-        stage, Noise((16, *size), device), modules, (), e.optim, seed=0, device=device,
+        stage, Noise((16, *size), device), modules, ("generator",), e.optim, seed=0, device=device,
         bf16=device.type == "cuda", processes=where, keep_gathered=e.keep_gathered,
+        average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
     )  # fmt: skip
-    trainer.ema["generator"] = average.requires_grad_(False)
     if e.checkpoint_blocks:
         for module in modules.values():
             checkpoint_blocks(module)
@@ -290,6 +289,7 @@ def settings(args: argparse.Namespace, name: str, micro_steps: int) -> Any:
     e = experiments()[f"wan1.3b-{name}"]
     e = replace(
         e, monitor=replace(e.monitor, early_stop=False), keep_gathered=not args.block_by_block,
+        average_on_cpu=args.average_on_cpu, moments_on_cpu=args.moments_on_cpu,
         optim=replace(e.optim, batch=1, accumulate=micro_steps, lr=1e-5),
     )  # fmt: skip
     e = replace(e, data=replace(e.data, frames=args.frames))
@@ -361,6 +361,8 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true", help="the causal discriminator")
     parser.add_argument("--block-by-block", action="store_true", help="keep nothing gathered")
     parser.add_argument("--graph", default="auto", help="stage III: auto, whole, pairs or single")
+    parser.add_argument("--average-on-cpu", action="store_true")
+    parser.add_argument("--moments-on-cpu", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()

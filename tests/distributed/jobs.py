@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import scale_jobs
 import torch
 from torch import nn
 
@@ -310,6 +311,7 @@ JOBS = {
     "two_parts": two_parts,
     "faults": faults,
     "dies": dies,
+    **scale_jobs.JOBS,
 }
 
 

@@ -8,11 +8,13 @@ with under autocast as in one process: so modulation and norms stay in float32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -84,6 +86,50 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together, in every process; the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def zeros_for(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor:
+    """Zeros like a tensor, sharded as it is; on_cpu: in the CPU's memory, wherever the tensor is.
+
+    All processes must call it alike.
+    """
+    if not on_cpu:
+        return torch.zeros_like(tensor.detach())
+    # Pinned, so that copies to and from a GPU are fast and need not be waited for one by one.
+    part = torch.zeros(local(tensor).shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    if not isinstance(tensor, DTensor):
+        return part
+    mesh, placements = _cpu_mesh(tensor.device_mesh), tensor.placements
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@contextmanager
+def on_device(
+    tensors: Sequence[torch.Tensor], device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """Tensors to be changed in place on a device: themselves, or copies that are taken back at the
+    end. Call `synchronise` before the CPU reads what was taken back."""
+    here = [t.to(device, non_blocking=True) for t in tensors]
+    yield here
+    for old, new in zip(tensors, here, strict=True):
+        if new is not old:
+            old.copy_(new, non_blocking=True)
+
+
+def synchronise() -> None:
+    """Wait for copies to the CPU that were begun: the CPU may read what they write only then."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@lru_cache
+def _cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same processes in the same layout, for tensors in the CPU's memory."""
+    if mesh.device_type == "cpu":
+        return mesh
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def collect(module: nn.Module, processes: Processes) -> dict[str, torch.Tensor]:

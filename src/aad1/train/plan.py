@@ -61,14 +61,15 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """The states of one network, in bytes."""
+    """The states of one network, in bytes: on GPUs, and on_cpu in the CPUs' memory."""
 
     name: str
     parameters: int
-    weights: int
+    weights: int = 0
     gradients: int = 0
     adam: int = 0
     average: int = 0
+    on_cpu: int = 0
 
     @property
     def total(self) -> int:
@@ -167,10 +168,11 @@ def _count(parameters: list[nn.Parameter]) -> int:
 def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) -> tuple[Role, ...]:
     def trained(name: str, total: int, used: int, average: bool = False) -> Role:
         betas = e.optim.betas if name == "generator" else e.optim.critic_betas
+        moments, mean = (8 if betas[0] else 4) * used, 4 * total * average
         return Role(
             name=name, parameters=total, weights=4 * total, gradients=4 * used,
-            adam=(8 if betas[0] else 4) * used,
-            average=4 * total * average,
+            adam=0 if e.moments_on_cpu else moments, average=0 if e.average_on_cpu else mean,
+            on_cpu=moments * e.moments_on_cpu + mean * e.average_on_cpu,
         )  # fmt: skip
 
     with torch.device("meta"):
@@ -195,7 +197,8 @@ def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) ->
         n = _count(critic.head_parameters())
         roles.append(trained("its heads", n, n))
     if e.monitor.early_stop and e.monitor.every:
-        roles.append(Role(name="best weights so far", parameters=own, weights=4 * own))
+        where = "on_cpu" if e.average_on_cpu else "weights"  # a copy of the average
+        roles.append(Role(name="best weights so far", parameters=own, **{where: 4 * own}))
     return tuple(roles)
 
 
@@ -330,6 +333,9 @@ def describe(e: Experiment, cluster: Cluster) -> str:
     total = (states + p.copies + p.activations[worst] / context) / GIB
     verdict = "fits" if total <= cluster.gib else "does NOT fit"
     lines.append(f"in all {total:.1f} GiB per GPU: {verdict} in {cluster.gib:g} GiB")
+    away = sum(role.on_cpu for role in p.roles) / p.shards / GIB
+    if away:
+        lines.append(f"beside it {away:.1f} GiB of the CPU's memory per GPU")
     operations = e.optim.updates * p.work + p.warmup_work
     seconds = operations / (gpus * cluster.tflops * 1e12 * cluster.mfu)
     lines += [

@@ -23,19 +23,16 @@ from aad1.train.setup import Setup
 
 
 class Results:
-    """Views of a run's averaged generator; all processes take part in each."""
+    """Views of a run's averaged weights; all processes take part in each."""
 
     def __init__(self, setup: Setup, trainer: Trainer) -> None:
         self.setup, self.trainer = setup, trainer
         self.processes = setup.processes
         self.validation = Validation(setup.world, setup.experiment.monitor.clips)
 
-    def pipeline(self) -> Pipeline:
-        """The averaged generator with its codec and prompt encoder; not hashed."""
+    def _pipeline(self) -> Pipeline:
+        """The generator in training with its codec and prompt encoder; not hashed."""
         setup, e = self.setup, self.setup.experiment
-        model = self.trainer.ema["generator"]
-        assert isinstance(model, WanTransformer)
-        text: Any = self.trainer.ema.get("text", setup.text)
         height, width = setup.world.size
         info = ModelInfo(
             world=setup.world.name, width=width, height=height, fps=setup.world.fps,
@@ -43,7 +40,7 @@ class Results:
             parent=_facts(setup.parent), geometry=e.geometry, sigmas=e.sigmas,
             frames=setup.world.frames,
         )  # fmt: skip
-        return Pipeline(model, setup.world.codec, text, info)
+        return Pipeline(setup.generator, setup.world.codec, setup.text, info)
 
     def check(self, stage: Stage) -> dict[str, float]:
         """The collapse monitor's figures; the same in all processes."""
@@ -63,8 +60,12 @@ class Results:
     def _rollouts(self) -> torch.Tensor:
         """Latents of what the model makes of the held-out first frames (or of none)."""
         setup, batch = self.setup, self.validation.batch
-        pipeline = self.pipeline()
-        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.bf16):
+        pipeline = self._pipeline()
+        with (
+            torch.no_grad(),
+            self.trainer.averages.applied(),
+            torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.bf16),
+        ):
             if setup.stage_name != "teacher":
                 return self.validation.rollouts(pipeline, self.processes)
             latents = batch.latents
@@ -103,20 +104,25 @@ class Results:
 
     def write(self, final: Path) -> None:
         """The model that the run was for, written by the first process."""
-        pipe, ema = self.pipeline(), self.trainer.ema
-        if self.processes.size > 1:
-            weights = [collect(ema[n], self.processes) for n in ema]
-            if not self.processes.main:
-                return
-            for name, tensors in zip(ema, weights, strict=True):
-                if name == "text":
-                    assert isinstance(pipe.text, WordEncoder)
-                    pipe.text = _filled(WordEncoder, pipe.text.config, tensors)
-                else:
-                    pipe.transformer = _filled(WanTransformer, pipe.transformer.config, tensors)
-        pipe.info = replace(pipe.info, sha256=weights_hash(pipe.transformer))
-        with replace_folder(final) as temporary:
-            pipe.save_pretrained(temporary)
+        with self.trainer.averages.applied():
+            pipe = self._pipeline()
+            if self.processes.size > 1:
+                averaged = self.trainer.averages.modules
+                weights = {n: collect(m, self.processes) for n, m in averaged.items()}
+                if self.processes.main:
+                    _put(pipe, weights)
+            if self.processes.main:
+                pipe.info = replace(pipe.info, sha256=weights_hash(pipe.transformer))
+                with replace_folder(final) as temporary:
+                    pipe.save_pretrained(temporary)
+
+
+def _put(pipe: Pipeline, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Networks of these weights in place of a pipeline's own."""
+    pipe.transformer = _filled(WanTransformer, pipe.transformer.config, weights["generator"])
+    if "text" in weights:
+        assert isinstance(pipe.text, WordEncoder)
+        pipe.text = _filled(WordEncoder, pipe.text.config, weights["text"])
 
 
 def _filled(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -53,8 +53,8 @@ class Checkpoints:
             meta = checkpoint.read_meta(found[-1])
             self._same_run(found[-1], meta)
         stored, trainer = checkpoint.shapes(found[-1]), self.trainer
-        kept = {n: torch.zeros_like(w) for n, w in trainer.ema["generator"].state_dict().items()
-                if f"kept.{n}" in stored}  # fmt: skip
+        averages = trainer.averages.tensors["generator"]
+        kept = {n: torch.zeros_like(w) for n, w in averages.items() if f"kept.{n}" in stored}
         extra = {f"kept.{n}": w for n, w in kept.items()}
         trainer.restore(
             meta["counters"], stored,

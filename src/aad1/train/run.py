@@ -60,6 +60,7 @@ class Run:
             stage, source, modules, averaged, e.optim, seed=e.seed, device=setup.device,
             bf16=setup.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
             processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
+            average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():
@@ -85,7 +86,8 @@ class Run:
         reason = self._updates(trainer, monitor, checkpoints, results, log, began)
         checkpoints.save(time.monotonic() - began, ended=reason)
         if e.monitor.early_stop and monitor.collapsed and monitor.kept:
-            trainer.ema["generator"].load_state_dict(monitor.kept["weights"])
+            for name, weight in monitor.kept["weights"].items():
+                trainer.averages.tensors["generator"][name].copy_(weight)
             trainer.update = monitor.kept["update"]  # the model says how long it was trained
             reason += f", weights of update {trainer.update} (M {monitor.best:.2f}) kept"
         elif monitor.collapsed:
@@ -133,7 +135,7 @@ class Run:
                 log.values(update, sums.take())
             if watched and (update % e.monitor.every == 0 or update == 1):
                 values = results.check(trainer.stage)
-                monitor.check(update, values["M"], trainer.ema["generator"])
+                monitor.check(update, values["M"], trainer.averages.tensors["generator"])
                 log.values(update, values, "monitor")
                 if monitor.collapsed:
                     log.say(f"motion collapse: M {values['M']:.2f}, best {monitor.best:.2f}")

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from aad1.errors import UserError
-from aad1.models.checkpoints import load_wan_transformer
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
 from aad1.parallel import mesh
+from aad1.parallel.load import load_discriminator, load_transformer
 from aad1.parallel.shard import distribute
 from aad1.pipeline import ModelInfo, Pipeline
 from aad1.rollout.graph import GraphedRollout
@@ -29,7 +29,7 @@ from aad1.train.config import Experiment, WanData
 from aad1.train.log import RunLog
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
-from aad1.train.wan_world import StoredText, WanWorld, describe, load_student
+from aad1.train.wan_world import StoredText, WanWorld, describe
 
 STAGE_NAMES = {
     PretrainConfig: "teacher",
@@ -115,11 +115,13 @@ class Setup:
         self.teacher_info = _teacher_only(describe(folder), folder)
         world = WanWorld(data, e.seed, self.device)
         e.geometry.chunks(world.frames)  # refuses clips that are no whole number of chunks
-        self.generator, self.parent = load_student(e.init or folder, self.device)
+        student = e.init or folder
+        self.parent = describe(student)
+        self.generator = load_transformer(student, torch.float32, self.device, self.processes)
         self.world, self.text = world, world.text
         if self.text.dim != self.generator.config.text_dim:
             raise UserError(
-                f"text embeddings have width {self.text.dim}, {e.init or folder} takes "
+                f"text embeddings have width {self.text.dim}, {student} takes "
                 f"{self.generator.config.text_dim}"
             )
         self.conditioner = world.conditioner(e.geometry)
@@ -139,8 +141,9 @@ class Setup:
             frozen = self.teacher.transformer
             return copy.deepcopy(frozen).requires_grad_(True) if trained else frozen
         dtype = torch.bfloat16 if self.bf16 and not trained else torch.float32
-        network = load_wan_transformer(self._teacher_folder(), dtype, self.device)
-        return network.requires_grad_(trained)
+        folder = self._teacher_folder()
+        with self.processes.together():
+            return load_transformer(folder, dtype, self.device, self.processes, trained=trained)
 
     def stage(self, log: RunLog) -> tuple[Stage, Source, dict[str, nn.Module]]:
         """The objective, where its batches come from, and the networks to train by role."""
@@ -165,14 +168,23 @@ class Setup:
             modules["fake_score"] = fake
             distribute(real, self.processes)
             return DmdWarmup(rollout, real, fake, self.conditioner, config, run), source, modules
-        if e.discriminator.causal:
-            backbone = copy.deepcopy(self.generator).requires_grad_(True)
-        else:
-            backbone = self.teacher_network(trained=True)
-        critic = Discriminator(backbone, e.discriminator, e.geometry)
-        modules["discriminator"] = critic.to(self.device)
+        modules["discriminator"] = critic = self._discriminator()
         config = config.settled(e.checkpoint_blocks)
         return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
+
+    def _discriminator(self) -> Discriminator:
+        """On the teacher's weights, or the student's if it is causal."""
+        e = self.experiment
+        if self.teacher is None:
+            folder = self._teacher_folder()
+            path = (e.init or folder) if e.discriminator.causal else folder
+            with self.processes.together():
+                return load_discriminator(
+                    path, e.discriminator, e.geometry, self.device, self.processes
+                )
+        backbone = self.generator if e.discriminator.causal else self.teacher.transformer
+        backbone = copy.deepcopy(backbone).requires_grad_(True)
+        return Discriminator(backbone, e.discriminator, e.geometry).to(self.device)
 
     def _trajectories(self, log: RunLog) -> Source:
         """Stage I's trajectories: sampled now on a small world, beforehand for Wan."""

@@ -85,6 +85,21 @@ def test_figures_of_the_plan() -> None:
     assert two.work > small.work
 
 
+def test_what_is_kept_on_the_cpu_is_told_apart() -> None:
+    e = preset("wan1.3b-dmd")
+    here = plan(e, Cluster(gpus=8))
+    away = plan(replace(e, average_on_cpu=True, moments_on_cpu=True), Cluster(gpus=8))
+    n = here.roles[0].parameters
+    assert sum(role.on_cpu for role in here.roles) == 0
+    # The average, the best one so far, and a moment of the generator and of the fake score.
+    assert sum(role.on_cpu for role in away.roles) == 4 * 4 * n
+    states = [sum(role.total for role in p.roles) for p in (here, away)]
+    assert states[0] - states[1] == 4 * 4 * n
+    text = describe(replace(e, average_on_cpu=True), Cluster(gpus=8))
+    assert f"beside it {2 * 4 * n / 8 / 2**30:.1f} GiB of the CPU's memory per GPU" in text
+    assert "of the CPU's memory" not in describe(e, Cluster(gpus=8))
+
+
 def test_more_gpus_share_states_and_time() -> None:
     one, many = (
         describe(preset("wan1.3b-ode"), Cluster(gpus=n, tflops=99000)).splitlines() for n in (1, 8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import aad1, finish
 
 from aad1 import cli
 from aad1.convert import convert
@@ -27,7 +28,7 @@ from aad1.train.blocks import checkpoint_blocks
 from aad1.train.config import Experiment, MonitorConfig, WanData
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
-from aad1.train.record import read_record
+from aad1.train.record import read_record, write_record
 from aad1.train.run import Run
 from aad1.train.wan_world import StoredConditioner, WanWorld
 
@@ -105,6 +106,36 @@ def test_each_stage_trains_on_from_the_one_before(chain: Path, tiny_wan: Path, s
     assert "blocks.0.attn1.to_q.weight" in moved and "proj_out.weight" in moved
     e = read_record(final.parent / "config.yaml")
     assert isinstance(e.data, WanData) and e.data.base == tiny_wan
+
+
+def test_two_processes_read_their_shards_and_train_alike(
+    chain: Path, data: Path, tiny_wan: Path, tmp_path: Path
+) -> None:
+    """Stages II and III again, in two: the first losses, which hang on weights, heads and noise
+    alone, are those of one process, and what comes out has moved the same way."""
+    for stage, moved_alike in (("dmd", 0.99), ("aad", 0.99)):
+        e = experiment(stage, tiny_wan, data, chain, mesh="dp=2", average_on_cpu=True)
+        write_record(replace(e, out=tmp_path), tmp_path / "config.yaml")
+        for code, said in finish(aad1(2, "train", str(tmp_path / "config.yaml"))):
+            assert code == 0, said
+        logs = []
+        for folder in (chain / e.name, tmp_path / e.name):
+            lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+            logs.append(next(x for x in lines if x["kind"] == "train"))
+        for name in ("loss", "fake", "dmd", "critic", "real_logit", "penalty", "generator_norm"):
+            if name in logs[0]:
+                assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3), (stage, name)
+        assert e.init is not None
+        start, one, two = (
+            torch.cat([p.flatten() for p in WanTransformer.from_pretrained(f).parameters()])
+            for f in (
+                e.init / "transformer",
+                chain / e.name / "final" / "transformer",
+                tmp_path / e.name / "final" / "transformer",
+            )
+        )
+        assert float((one - start).abs().max()) > 1e-4
+        assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > moved_alike
 
 
 def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
@@ -324,7 +355,7 @@ def measured(trainer: Trainer, frozen: int) -> dict[str, int]:
         for name in s
         if name != "step"
     ]
-    average = [p for module in trainer.ema.values() for p in module.parameters()]
+    average = [p for tensors in trainer.averages.tensors.values() for p in tensors.values()]
     return {
         "weights": sum(p.nbytes for p in live) + frozen,
         "gradients": sum(p.grad.nbytes for p in live if p.grad is not None),
