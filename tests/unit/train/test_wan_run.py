@@ -113,7 +113,7 @@ def test_two_processes_read_their_shards_and_train_alike(
 ) -> None:
     """Stages II and III again, in two: the first losses, which hang on weights, heads and noise
     alone, are those of one process, and what comes out has moved the same way."""
-    for stage, moved_alike in (("dmd", 0.99), ("aad", 0.99)):
+    for stage in ("dmd", "aad"):
         e = experiment(stage, tiny_wan, data, chain, mesh="dp=2", average_on_cpu=True)
         write_record(replace(e, out=tmp_path), tmp_path / "config.yaml")
         for code, said in finish(aad1(2, "train", str(tmp_path / "config.yaml"))):
@@ -127,15 +127,17 @@ def test_two_processes_read_their_shards_and_train_alike(
                 assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3), (stage, name)
         assert e.init is not None
         start, one, two = (
-            torch.cat([p.flatten() for p in WanTransformer.from_pretrained(f).parameters()])
+            torch.cat(
+                [p.detach().flatten() for p in WanTransformer.from_pretrained(f).parameters()]
+            )
             for f in (
                 e.init / "transformer",
                 chain / e.name / "final" / "transformer",
                 tmp_path / e.name / "final" / "transformer",
             )
         )
-        assert float((one - start).abs().max()) > 1e-4
-        assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > moved_alike
+        assert float((one - start).abs().max()) > 1e-5  # an average of two updates moves little
+        assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > 0.99
 
 
 def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
