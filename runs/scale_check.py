@@ -93,6 +93,7 @@ def fill(module: nn.Module, seed: int, where: mesh.Processes, device: torch.devi
 def make(e: Experiment, student: WanConfig, critic: WanConfig, where: mesh.Processes,
          device: torch.device, text_rows: int, size: tuple[int, int, int]) -> Trainer:  # fmt: skip
     """The trainer of one stage, as a run would build it but for the weights."""
+    where = replace(where, gather_bf16=e.gather_bf16)
     rows = torch.randn(1, text_rows, student.text_dim, generator=torch.Generator().manual_seed(1))
     rows = rows.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     conditioner = Conditioner(lambda prompts: rows.expand(len(prompts), -1, -1), e.geometry)
@@ -289,7 +290,8 @@ def settings(args: argparse.Namespace, name: str, micro_steps: int) -> Any:
     e = experiments()[f"wan1.3b-{name}"]
     e = replace(
         e, monitor=replace(e.monitor, early_stop=False), keep_gathered=not args.block_by_block,
-        average_on_cpu=args.average_on_cpu, moments_on_cpu=args.moments_on_cpu,
+        gather_bf16=args.gather_bf16, average_on_cpu=args.average_on_cpu,
+        moments_on_cpu=args.moments_on_cpu,
         optim=replace(e.optim, batch=1, accumulate=micro_steps, lr=1e-5),
     )  # fmt: skip
     e = replace(e, data=replace(e.data, frames=args.frames))
@@ -361,6 +363,7 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true", help="the causal discriminator")
     parser.add_argument("--block-by-block", action="store_true", help="keep nothing gathered")
     parser.add_argument("--graph", default="auto", help="stage III: auto, whole, pairs or single")
+    parser.add_argument("--gather-bf16", action="store_true")
     parser.add_argument("--average-on-cpu", action="store_true")
     parser.add_argument("--moments-on-cpu", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")

@@ -80,6 +80,7 @@ def encode(prompts: list[str]) -> torch.Tensor:
 def trainer(
     name: str, processes: mesh.Processes, *, checkpointed: bool = False, averaged: bool = True,
     causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, graph: str = "auto",
+    bf16: bool = False,
     **optim: Any,
 ) -> Trainer:  # fmt: skip
     """A tiny run of a stage: "ode", "dmd" or "aad"."""
@@ -108,7 +109,7 @@ def trainer(
     standard: dict[str, Any] = dict(batch=4, lr=1e-3, critic_lr=1e-3, clip=1e9, critic_clip=1e9)
     made = Trainer(
         stage, Clips(len(SIGMAS)), modules, ("generator",) if averaged else (),
-        OptimConfig(**(standard | optim)), seed=3, device=CPU, bf16=False, processes=processes,
+        OptimConfig(**(standard | optim)), seed=3, device=CPU, bf16=bf16, processes=processes,
         max_skipped=max_skipped, keep_gathered=keep_gathered,
     )  # fmt: skip
     if checkpointed:
@@ -143,6 +144,7 @@ def all_gradients(
     out = []
     for options in variants:
         where = laid_out(processes, options.pop("mesh", ""))
+        where = replace(where, gather_bf16=options.pop("gather_bf16", False))
         bug = options.pop("bug", False)
         adjoint = context._Gather.backward
         if bug:  # as if every process's loss were its own: gradients come out 1/cp

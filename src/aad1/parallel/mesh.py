@@ -74,6 +74,7 @@ class Processes:
     """All processes of a run as one of them sees them; the default is one alone.
 
     mesh: over which states are sharded (None: not at all); context: the group that shares a clip.
+    gather_bf16: exchange the blocks' matrices in bfloat16 (`shard.distribute`).
     """
 
     rank: int = 0
@@ -81,6 +82,7 @@ class Processes:
     shape: MeshShape = MeshShape()
     mesh: DeviceMesh | None = None
     context: dist.ProcessGroup | None = None
+    gather_bf16: bool = False
 
     @property
     def main(self) -> bool:

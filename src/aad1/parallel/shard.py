@@ -2,7 +2,8 @@
 
 Each block is gathered when it runs and let go after. Weights are sharded and gathered in the
 precision they have (float32 masters; bfloat16 for frozen networks that were cast), and computed
-with under autocast as in one process: so modulation and norms stay in float32.
+with under autocast as in one process: so modulation and norms stay in float32. Autocast computes
+the linear layers in bfloat16, so these may as well be gathered in it: half the traffic.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from functools import lru_cache
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from aad1.models.discriminator import QueryHead
@@ -28,7 +34,9 @@ def distribute(module: nn.Module, processes: Processes) -> None:
     """Share a network out over the processes, in place; nothing happens for one process, or for a
     network that is shared out already.
 
-    Copies must have been made before, optimisers must be made after.
+    Copies must have been made before, optimisers must be made after. With `processes.gather_bf16`
+    the linear layers of the blocks are gathered one by one, cast to bfloat16; gradients are summed
+    over processes in float32 either way.
     """
     if processes.mesh is None or isinstance(module, FSDPModule):
         return
@@ -36,13 +44,24 @@ def distribute(module: nn.Module, processes: Processes) -> None:
         share_context(module, processes.context)
     # It warns of K and V, which are views: nothing here writes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    cast = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for part in list(module.modules()):
         if isinstance(part, Block | QueryHead) and part is not module:
+            for inner in part.modules() if processes.gather_bf16 else ():
+                if isinstance(inner, nn.Linear) and inner.weight.dtype == torch.float32:
+                    fully_shard(inner, mesh=processes.mesh, mp_policy=cast)
             fully_shard(part, mesh=processes.mesh)
     fully_shard(module, mesh=processes.mesh)
     if isinstance(module, WanTransformer):
         for name in ("keys_values", "features"):
             register_fsdp_forward_method(module, name)
+
+
+def fix_precision(module: nn.Module) -> None:
+    """Have FSDP2 settle in what precision gradients are summed. It would in the first pass, and
+    forget it for weights that happen not to be trained in that. (It offers no other way to ask.)"""
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

@@ -187,6 +187,10 @@ class Experiment:
     keep_gathered: bool = True
     """Several processes: hold the generator's weights whole on each for the length of a step (4
     bytes a weight) rather than gather them block by block for every pass of a rollout."""
+    gather_bf16: bool = False
+    """Several processes that compute in bf16: exchange the blocks' matrices in bf16 instead of
+    float32 (half the traffic, and half of what `keep_gathered` holds). Where a step uses a weight
+    twice, its gradients are added in bf16."""
     average_on_cpu: bool = False
     """Keep the average of the weights (4 bytes each) in the CPU's memory."""
     moments_on_cpu: bool = False

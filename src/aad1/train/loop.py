@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from aad1.parallel.mesh import Processes, SharedError, share
-from aad1.parallel.shard import distribute, gathered, local, reduce_over_replicas, reshard, whole
+from aad1.parallel.shard import (
+    distribute,
+    fix_precision,
+    gathered,
+    local,
+    reduce_over_replicas,
+    reshard,
+    whole,
+)
 from aad1.stages.base import Batch, InParts, Logs, Loss, SampleNoise, Stage
 from aad1.train.adam import AdamW
 from aad1.train.averages import Averages
@@ -69,6 +77,8 @@ class Trainer:
         """Clips of one update that this data-parallel group takes, and clips at a time."""
         for module in self.modules.values():
             distribute(module, self.processes)
+            if self.processes.gather_bf16:
+                fix_precision(module)
         self.averages = Averages(
             {name: self.modules[name] for name in averaged}, config.ema, on_cpu=average_on_cpu
         )

@@ -212,19 +212,23 @@ def _copies(
 ) -> int:
     """Weights beside the masters.
 
-    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two float32 blocks
-    and what is outside the blocks are gathered at a time, and all of the generator where it is kept
-    gathered.
+    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two blocks and what
+    is outside the blocks are gathered at a time, and all of the generator where it is kept
+    gathered: in float32, or the blocks in bf16.
     """
     if cluster.gpus == 1:
         return 2 * max(r.parameters for r in trained) if bf16 else 0
-    with torch.device("meta"):
-        most = 0
-        for config in (student, teacher):
+    size = 2 if e.gather_bf16 else 4
+    most = 0
+    for config in (student, teacher):
+        with torch.device("meta"):
             one = WanTransformer(replace(config, num_layers=1))
-            block = _count(list(one.blocks.parameters()))
-            most = max(most, _count(list(one.parameters())) + block)
-    return 4 * most + (4 * trained[0].parameters if e.keep_gathered else 0)
+        block = _count(list(one.blocks.parameters()))
+        outside = _count(list(one.parameters())) - block
+        most = max(most, 4 * outside + 2 * size * block)
+        if config is student and e.keep_gathered:
+            kept = 4 * outside + size * (trained[0].parameters - outside)
+    return most + (kept if e.keep_gathered else 0)
 
 
 def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> tuple[float, float]:

@@ -33,6 +33,7 @@ class Run:
         self.stop = StopFlag()
         with self.processes.together():
             self.setup = Setup(e, self.processes, device)
+        self.processes = self.setup.processes
 
     def train(self) -> Path:
         """Train to the end (continuing an interrupted run) and write the final model.

@@ -49,10 +49,13 @@ class Setup:
         self, experiment: Experiment, processes: mesh.Processes, device: torch.device
     ) -> None:
         self.experiment = e = experiment
-        self.processes, self.device = processes, device
+        self.device = device
         if e.precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision must be auto, fp32 or bf16, got {e.precision!r}")
         self.bf16 = e.precision == "bf16" or (e.precision == "auto" and device.type == "cuda")
+        if e.gather_bf16 and not self.bf16:
+            raise UserError("gather_bf16 needs a run that computes in bf16 (precision)")
+        self.processes = replace(processes, gather_bf16=e.gather_bf16)
         self.stage_name = STAGE_NAMES[type(e.stage)]
         torch.manual_seed(e.seed)
         self.world: World

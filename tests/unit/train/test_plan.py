@@ -76,6 +76,8 @@ def test_figures_of_the_plan() -> None:
     aad, eight = preset("wan1.3b-aad"), Cluster(gpus=8)
     apart, kept = (plan(replace(aad, keep_gathered=k), eight) for k in (False, True))
     assert kept.copies - apart.copies == 4 * kept.roles[0].parameters
+    half = plan(replace(aad, gather_bf16=True), eight)
+    assert half.copies == pytest.approx(kept.copies / 2, rel=0.05)  # all but what is in no block
     # An ODE update: one block-causal forward of 64 clips, two more for its backward, one again.
     ode = plan(preset("wan1.3b-ode"), Cluster())
     pairs = (1 + 4 * 5 + 4 * 4 * 9) * 1560**2

@@ -247,6 +247,7 @@ def test_two_step_students_and_ablations_train(chain: Path, tmp_path: Path) -> N
     [
         (dict(device="tpu"), "auto, cpu, cuda or mps, got 'tpu'"),
         (dict(precision="fp8"), "auto, fp32 or bf16, got 'fp8'"),
+        (dict(gather_bf16=True), "gather_bf16 needs a run that computes in bf16"),
         (dict(teacher=None), "needs --teacher"),
     ],
 )
