@@ -110,6 +110,26 @@ def pretend(rank: int, size: int, text: str) -> mesh.Processes:
     return mesh.arrange(mesh.MeshShape.parse(text, size), CPU)
 
 
+def rows(processes: mesh.Processes, meshes: list[str]) -> Any:
+    """Of tensors of 1 to 13 rows: those this process says it has, torch's answer, and a count."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    found = []
+    for text in meshes:
+        where = mesh.arrange(mesh.MeshShape.parse(text, processes.size), CPU)
+        for count in range(1, 14):
+            with torch.device("meta"):
+                layer = nn.Linear(3, count)
+            distribute(layer, where)
+            p: Any = layer.weight
+            shape, start = compute_local_shape_and_global_offset(
+                p.shape, p.device_mesh, p.placements
+            )
+            mine = load.own_rows(p)
+            found.append((mine.start, mine.stop, start[0], start[0] + shape[0], local(p).shape[0]))
+    return found
+
+
 def dry(processes: mesh.Processes, size: int) -> Any:
     """Bytes of every role of the full Wan runs in the first and the last of `size` processes, and
     what the dry run says of them."""
@@ -198,4 +218,4 @@ def step(processes: mesh.Processes, size: int) -> Any:
     return found, told
 
 
-JOBS = {"loaded": loaded, "dry": dry, "step": step}
+JOBS = {"loaded": loaded, "rows": rows, "dry": dry, "step": step}

@@ -36,6 +36,15 @@ def test_a_network_is_read_into_shards_and_never_held_whole(tmp_path: Path) -> N
             assert grew < mine + largest + 8 * MIB < 0.8 * size * (1 + (name[0] == "d")), name
 
 
+def test_each_process_knows_its_rows() -> None:
+    """Also where they do not come out even, and with replicas."""
+    for found in launch(4, "rows", meshes=["dp=4", "dp=4,replicas=2"]):
+        assert len(found) == 2 * 13
+        for start, stop, torch_start, torch_stop, count in found:
+            assert stop - start == count == torch_stop - torch_start
+            assert start == torch_start or not count
+
+
 def test_64_processes_hold_what_the_dry_run_says() -> None:
     """Networks of full size, sharded by FSDP2 on the mesh of 64 processes of which one is there."""
     (found,) = launch(1, "dry", size=64)
