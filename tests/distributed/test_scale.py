@@ -36,6 +36,12 @@ def test_a_network_is_read_into_shards_and_never_held_whole(tmp_path: Path) -> N
             assert grew < mine + largest + 8 * MIB < 0.8 * size * (1 + (name[0] == "d")), name
 
 
+def test_states_on_the_cpu_are_sharded_saved_and_loaded_alike(tmp_path: Path) -> None:
+    for found in launch(2, "states_on_cpu", folder=str(tmp_path)):
+        for apart, equal in found:
+            assert equal and apart < 1e-6
+
+
 def test_each_process_knows_its_rows() -> None:
     """Also where they do not come out even, and with replicas."""
     for found in launch(4, "rows", meshes=["dp=4", "dp=4,replicas=2"]):

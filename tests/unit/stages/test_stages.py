@@ -387,6 +387,22 @@ def test_the_critics_loss_in_parts_has_the_gradient_of_the_whole(
     assert passes == once + again
 
 
+def test_passes_run_ahead_take_no_gradient_away_under_autocast() -> None:
+    """Autocast keeps cast weights for later passes, also for those that want a gradient."""
+    grads = []
+    for graph in ("whole", "single"):
+        stage = adversarial(AdversarialConfig(loss="relativistic", graph=graph))
+        with torch.autocast("cpu", torch.bfloat16):
+            for part, _ in stage.critic_parts(batch(), rng()):
+                part.backward()
+        grads.append({n: p.grad for n, p in stage.discriminator.named_parameters()})
+    flat = [torch.cat([g.flatten() for g in one.values() if g is not None]) for one in grads]
+    assert float(torch.cosine_similarity(*flat, dim=0)) > 0.99
+    assert [n for n, g in grads[0].items() if g is None] == [
+        n for n, g in grads[1].items() if g is None
+    ]
+
+
 def test_a_part_without_the_others_logits_is_noticed() -> None:
     """The comparison above can tell: the pairs' loss with unknown logits is not the whole's."""
     config = AdversarialConfig(loss="relativistic", graph="pairs")
