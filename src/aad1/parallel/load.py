@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from aad1.core.chunks import ChunkGeometry
+from aad1.errors import UserError
 from aad1.models.checkpoints import load_wan_transformer, wan_config, wan_source
 from aad1.models.discriminator import Discriminator, DiscriminatorConfig
 from aad1.models.dit import WanTransformer
@@ -46,10 +47,13 @@ def materialise(module: nn.Module, processes: Processes, device: torch.device) -
 
 @torch.no_grad()
 def fill(module: nn.Module, source: Source) -> None:
-    """Read a module's weights, each process its rows. Names and shapes must have been checked."""
+    """Read a module's weights, each process its rows. Names and shapes must have been checked;
+    UserError for numbers that are not finite."""
     own = dict(module.named_parameters())
     rows = {name: own_rows(p) for name, p in own.items()}
     for name, part in source.read(rows=rows):
+        if not bool(torch.isfinite(part).all()):
+            raise UserError(f"{source.where}: {name} has numbers that are not finite")
         local(own[name]).copy_(part)
 
 
