@@ -7,13 +7,16 @@
 
 `one`: micro-steps of each stage on 21 latent frames at 832x480: seconds by phase, peak memory
 beside what the dry run says. `two`: losses, gradient norms and weight changes of the same global
-batch on one GPU, dp=2 and cp=2, then a checkpoint saved by two and loaded by one. --tiny runs on a
-CPU, to see that the script itself works. Needs torch, numpy, safetensors, pillow and pyyaml only.
+batch on one GPU, dp=2 and cp=2, then a checkpoint saved by two and loaded by one. Each stage's
+result is printed as soon as it is there, and added to the JSON of --out; a stage that runs out of
+memory says so, and the next one is tried. --tiny runs on a CPU, to see that the script itself
+works. Needs torch, numpy, safetensors, pillow and pyyaml only.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -90,6 +93,7 @@ def fill(module: nn.Module, seed: int, where: mesh.Processes, device: torch.devi
 def make(e: Experiment, student: WanConfig, critic: WanConfig, where: mesh.Processes,
          device: torch.device, text_rows: int, size: tuple[int, int, int]) -> Trainer:  # fmt: skip
     """The trainer of one stage, as a run would build it but for the weights."""
+    where = replace(where, gather_bf16=e.gather_bf16)
     rows = torch.randn(1, text_rows, student.text_dim, generator=torch.Generator().manual_seed(1))
     rows = rows.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     conditioner = Conditioner(lambda prompts: rows.expand(len(prompts), -1, -1), e.geometry)
@@ -111,15 +115,15 @@ def make(e: Experiment, student: WanConfig, critic: WanConfig, where: mesh.Proce
             modules["discriminator"] = judge = Discriminator(
                 WanTransformer(critic), e.discriminator, e.geometry
             )
-        stage = adversarial.Adversarial(rollout, judge, conditioner, e.stage)  # type: ignore[arg-type]
-    average = build(student, 1, where, device)
-    for n, module in enumerate([*modules.values(), average]):
-        fill(module, 1 if module is average else 1 + 2 * n, where, device)
+        config = e.stage.settled(e.checkpoint_blocks)  # type: ignore[union-attr]
+        stage = adversarial.Adversarial(rollout, judge, conditioner, config)
+    for n, module in enumerate(modules.values()):
+        fill(module, 1 + 2 * n, where, device)
     trainer = Trainer(
-        stage, Noise((16, *size), device), modules, (), e.optim, seed=0, device=device,
+        stage, Noise((16, *size), device), modules, ("generator",), e.optim, seed=0, device=device,
         bf16=device.type == "cuda", processes=where, keep_gathered=e.keep_gathered,
+        average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
     )  # fmt: skip
-    trainer.ema["generator"] = average.requires_grad_(False)
     if e.checkpoint_blocks:
         for module in modules.values():
             checkpoint_blocks(module)
@@ -155,19 +159,12 @@ class Clock:
         return timed
 
 
-def one(args: argparse.Namespace, where: mesh.Processes, device: torch.device) -> None:
-    for name in args.stages:
-        measure(args, name, where, device)
-
-
 def measure(
     args: argparse.Namespace, name: str, where: mesh.Processes, device: torch.device
-) -> None:
+) -> Iterator[dict[str, Any]]:
     """Time and memory of one stage."""
     e, student, critic, size, rows = settings(args, name, 2 * where.shape.dp)
     clock, cuda = Clock(device), device.type == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()
     t = make(e, student, critic, where, device, rows, size)
     states = torch.cuda.memory_allocated() / GIB if cuda else 0.0
     if hasattr(t.stage, "self_rollout"):
@@ -191,27 +188,27 @@ def measure(
         return logs
 
     t._optimise = by_role  # type: ignore[method-assign]
-    watched = next(iter(t.modules["generator"].parameters()))
+    watched = t.modules["generator"].patch_embedding.weight  # every process has a part of it
     before = local(watched.detach()).clone()
     for update in range(args.updates):
+        began = time.perf_counter()
         logs = t.step() or {}
         if where.main:
             said = " ".join(f"{k} {float(v):.4g}" for k, v in logs.items())
-            print(f"{e.name} {update}: {said}", flush=True)
+            print(f"{e.name} {update}: {said} ({time.perf_counter() - began:.1f} s)", flush=True)
     line: dict[str, Any] = {
         "stage": e.name,
         "median seconds": {n: round(sorted(v)[len(v) // 2], 3) for n, v in report.items()},
         "weights moved by": float((local(watched.detach()) - before).abs().max()),
     }
     if cuda:
-        p = plan(e, Cluster(gpus=where.size))
+        p = plan(e, Cluster(gpus=where.size), teacher=critic)
         total = sum(role.total for role in p.roles) / where.size + p.copies
         total += max(p.activations.values()) / where.shape.cp
         line |= {"GiB at most": {k: round(v, 2) for k, v in peaks.items()},
                  "GiB before the first step": round(states, 2),
                  "GiB by the dry run": round(total / GIB, 2)}  # fmt: skip
-    if where.main:
-        print(json.dumps(line), flush=True)
+    yield line
 
 
 REPLAY = adversarial.replay
@@ -220,16 +217,9 @@ REPLAY = adversarial.replay
 # -- two: against one -----------------------------------------------------------------------------
 
 
-def two(args: argparse.Namespace, where: mesh.Processes, device: torch.device) -> None:
-    if where.size != 2:
-        raise SystemExit("start it with torchrun --nproc-per-node 2")
-    for name in args.stages:
-        compare(args, name, where, device)
-
-
 def compare(
     args: argparse.Namespace, name: str, where: mesh.Processes, device: torch.device
-) -> None:
+) -> Iterator[dict[str, Any]]:
     """One stage alone, with dp=2 and with cp=2."""
     e, student, critic, size, rows = settings(args, name, 2)
     student, critic = (
@@ -253,7 +243,7 @@ def compare(
         found[layout] = logs, moved, seconds
         if layout == "dp=2" and name == args.stages[-1]:
             fresh = make(e, student, critic, mesh.Processes(), device, rows, size)
-            reload(t, tensors, here, fresh)
+            yield reload(t, tensors, here, fresh)
             del fresh
         del t, tensors
     want, wanted_move, alone = found["alone"]
@@ -264,19 +254,17 @@ def compare(
             for a, b in zip(logs, want, strict=True)
             for k in b
         )
-        line = {
+        yield {
             "stage": e.name, "mesh": layout, "largest relative difference of logs": worst,
             "cosine of weight changes": float(torch.cosine_similarity(moved, wanted_move, dim=0)),
             "logs": logs[0], "logs alone": want[0],
             "seconds": round(seconds, 2), "seconds alone": round(alone, 2),
         }  # fmt: skip
-        if where.main:
-            print(json.dumps(line), flush=True)
 
 
 def reload(
     t: Trainer, tensors: dict[str, torch.Tensor], here: mesh.Processes, again: Trainer
-) -> None:
+) -> dict[str, Any]:
     """Saved by two, loaded by each process for itself."""
     folders = here.gather(tempfile.mkdtemp(prefix="scale-check-"))
     folder = checkpoint.step_folder(Path(folders[0]), t.update)
@@ -290,9 +278,8 @@ def reload(
     loaded = again.tensors()
     same = all(torch.equal(whole(v).to(loaded[n].device), loaded[n]) for n, v in tensors.items())
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / GIB
-    if here.main:
-        line = {"saved by 2, loaded by 1": "equal" if same else "NOT EQUAL"}
-        print(json.dumps(line | {"GiB": round(size, 2), "seconds to save": round(seconds, 2)}))
+    line = {"saved by 2, loaded by 1": "equal" if same else "NOT EQUAL"}
+    return line | {"GiB": round(size, 2), "seconds to save": round(seconds, 2)}
 
 
 # -- the rest -------------------------------------------------------------------------------------
@@ -303,8 +290,13 @@ def settings(args: argparse.Namespace, name: str, micro_steps: int) -> Any:
     e = experiments()[f"wan1.3b-{name}"]
     e = replace(
         e, monitor=replace(e.monitor, early_stop=False), keep_gathered=not args.block_by_block,
+        gather_bf16=args.gather_bf16, average_on_cpu=args.average_on_cpu,
+        moments_on_cpu=args.moments_on_cpu,
         optim=replace(e.optim, batch=1, accumulate=micro_steps, lr=1e-5),
     )  # fmt: skip
+    e = replace(e, data=replace(e.data, frames=args.frames))
+    if name == "aad":
+        e = replace(e, stage=replace(e.stage, graph=args.graph))
     if name == "dmd":
         e = replace(e, stage=replace(e.stage, critic_updates=1))
     student, critic = SMALL, LARGE if args.critic == "14b" else SMALL
@@ -316,6 +308,45 @@ def settings(args: argparse.Namespace, name: str, micro_steps: int) -> Any:
         e = replace(e, discriminator=DiscriminatorConfig(taps=(0, 1, 2)))
         return e, TINY, TINY, (args.frames, 4, 8), 5
     return e, student, critic, (args.frames, 60, 104), 512
+
+
+Check = Callable[[argparse.Namespace, str, mesh.Processes, torch.device], Iterator[dict[str, Any]]]
+
+
+class Report:
+    """Lines of results: printed at once, and all so far in a JSON file."""
+
+    def __init__(self, path: Path | None, speaks: bool) -> None:
+        self.path, self.speaks = path, speaks
+        self.lines: list[dict[str, Any]] = []
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self.speaks:
+            print(json.dumps(line), flush=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.lines, indent=1) + "\n")
+
+
+def attempt(check: Check, report: Report, args: argparse.Namespace, name: str,
+            where: mesh.Processes, device: torch.device) -> None:  # fmt: skip
+    """One stage's check; out of memory is a result too. (Where one of several processes alone runs
+    out, the others wait for it until their time limit.)"""
+    problem = {}
+    try:
+        for line in check(args, name, where, device):
+            report.add(line)
+    except torch.OutOfMemoryError as error:
+        most = torch.cuda.max_memory_allocated() / GIB
+        problem = {"stage": name, "out of memory": str(error).splitlines()[0],
+                   "GiB at most": round(most, 2)}  # fmt: skip
+    # Only now is the exception gone, and with it the frames that hold the networks.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if problem:
+        report.add(problem)
 
 
 def main() -> None:
@@ -331,14 +362,24 @@ def main() -> None:
     parser.add_argument("--critic", choices=("1.3b", "14b"), default="1.3b")
     parser.add_argument("--causal", action="store_true", help="the causal discriminator")
     parser.add_argument("--block-by-block", action="store_true", help="keep nothing gathered")
+    parser.add_argument("--graph", default="auto", help="stage III: auto, whole, pairs or single")
+    parser.add_argument("--gather-bf16", action="store_true")
+    parser.add_argument("--average-on-cpu", action="store_true")
+    parser.add_argument("--moments-on-cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = mesh.local_device("cpu" if args.tiny else "cuda")
     where = mesh.start(args.mesh, device)
-    if where.main:
-        print(json.dumps({"torch": torch.__version__, "processes": where.size, **vars(args)}))
-    {"one": one, "two": two}[args.what](args, where, device)
+    if args.what == "two" and where.size != 2:
+        raise SystemExit("start it with torchrun --nproc-per-node 2")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    told = {"torch": torch.__version__, "processes": where.size, "device": gpu}
+    report = Report(args.out if where.main else None, where.main)
+    report.add(told | {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+    for name in args.stages:
+        attempt({"one": measure, "two": compare}[args.what], report, args, name, where, device)
     if dist.is_initialized():
         mesh.leave()
 

@@ -268,7 +268,36 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0, or 2 for a user's mistake)."""
+    """Entry point; returns the exit code (0, or 2 for a user's mistake).
+
+    One of several processes that torchrun started does not return, but ends with that code.
+    """
+    code, shared = 1, False
+    try:
+        code = _main(argv)
+    except UserError as error:
+        shared = getattr(error, "shared", False)
+        # What all processes know is told by one of them; torchrun may end the others early.
+        if first_process() or not shared:
+            print(f"aad1: {error}", file=sys.stderr)
+        code = 2
+    except SystemExit as ended:
+        if not isinstance(ended.code, int) or not _one_of_several():
+            raise
+        code = ended.code
+    if _one_of_several():
+        from aad1.parallel import mesh
+
+        mesh.end(code, together=shared)
+    return code
+
+
+def _one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """`main`, but for users' mistakes."""
     # Threads that spin while they wait starve each other as soon as something else is running:
     # two of them fell from 20 frames per second to less than 5 on a busy machine. OpenMP reads this
     # when PyTorch is loaded.
@@ -296,11 +325,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(command, rest)
         else:
             RUN[type(command)](command)
-    except UserError as error:
-        # What all processes know is told by one of them; torchrun may end the others early.
-        if first_process() or not getattr(error, "shared", False):
-            print(f"aad1: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("aad1: interrupted", file=sys.stderr)
         return 130

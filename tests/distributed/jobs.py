@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import scale_jobs
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator, DiscriminatorConfig
 from aad1.models.dit import WanConfig, WanTransformer
-from aad1.parallel import context, mesh
+from aad1.parallel import context, mesh, shard
 from aad1.parallel.shard import distribute, whole
 from aad1.rollout.stream import Rollout
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
@@ -78,7 +80,8 @@ def encode(prompts: list[str]) -> torch.Tensor:
 
 def trainer(
     name: str, processes: mesh.Processes, *, checkpointed: bool = False, averaged: bool = True,
-    causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, **optim: Any,
+    causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, graph: str = "auto",
+    bf16: bool = False, on_cpu: bool = False, **optim: Any,
 ) -> Trainer:  # fmt: skip
     """A tiny run of a stage: "ode", "dmd" or "aad"."""
     conditioner = Conditioner(encode, GEOMETRY)
@@ -101,12 +104,14 @@ def trainer(
             nn.init.normal_(p, std=0.2)
         modules["discriminator"] = critic
         rollout = Rollout(generator, GEOMETRY, SIGMAS)
-        stage = Adversarial(rollout, critic, conditioner, AdversarialConfig())
+        chosen = AdversarialConfig(graph=graph).settled(checkpointed)
+        stage = Adversarial(rollout, critic, conditioner, chosen)
     standard: dict[str, Any] = dict(batch=4, lr=1e-3, critic_lr=1e-3, clip=1e9, critic_clip=1e9)
     made = Trainer(
         stage, Clips(len(SIGMAS)), modules, ("generator",) if averaged else (),
-        OptimConfig(**(standard | optim)), seed=3, device=CPU, bf16=False, processes=processes,
+        OptimConfig(**(standard | optim)), seed=3, device=CPU, bf16=bf16, processes=processes,
         max_skipped=max_skipped, keep_gathered=keep_gathered,
+        average_on_cpu=on_cpu, moments_on_cpu=on_cpu,
     )  # fmt: skip
     if checkpointed:
         for module in modules.values():
@@ -140,6 +145,7 @@ def all_gradients(
     out = []
     for options in variants:
         where = laid_out(processes, options.pop("mesh", ""))
+        where = replace(where, gather_bf16=options.pop("gather_bf16", False))
         bug = options.pop("bug", False)
         adjoint = context._Gather.backward
         if bug:  # as if every process's loss were its own: gradients come out 1/cp
@@ -201,6 +207,32 @@ def two_parts(processes: mesh.Processes, folder: str) -> Any:
         *_, got = part(processes, where, 4, straight=False)
         equal.append(got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want))
     return equal
+
+
+def states_on_cpu(processes: mesh.Processes, folder: str) -> Any:
+    """A step of stage III with averages and moments on the CPU, saved and loaded, against one with
+    them beside the weights: (largest difference, equal after loading?) by mesh."""
+    # Here the weights are on the CPU too; on a GPU these states have a mesh of their own.
+    shard._cpu_mesh = lambda m: DeviceMesh("cpu", m.mesh, mesh_dim_names=m.mesh_dim_names)  # type: ignore[assignment]
+    found = []
+    for text in ("dp=2", "dp=2,replicas=2"):
+        where = laid_out(processes, text)
+        here, away, again = (trainer("aad", where, on_cpu=flag) for flag in (False, True, True))
+        for t in (here, away):
+            t.step()
+        tensors, want = away.tensors(), here.tensors()
+        assert tensors.keys() == want.keys()
+        apart = max(float((whole(v) - whole(tensors[n])).abs().max()) for n, v in want.items())
+        step = checkpoint.step_folder(Path(folder) / text, 1)
+        checkpoint.save(step, tensors, {}, processes)
+        again.restore(
+            away.counters(), checkpoint.shapes(step),
+            lambda wanted, step=step: checkpoint.load(step, wanted, processes),
+        )  # fmt: skip
+        loaded = again.tensors()
+        equal = [torch.equal(whole(v), whole(loaded[n])) for n, v in tensors.items()]
+        found.append((apart, all(equal) and len(equal) == len(loaded)))
+    return found
 
 
 def faults(processes: mesh.Processes, config: str, out: str) -> Any:
@@ -306,8 +338,10 @@ JOBS = {
     "all_gradients": all_gradients,
     "part": part,
     "two_parts": two_parts,
+    "states_on_cpu": states_on_cpu,
     "faults": faults,
     "dies": dies,
+    **scale_jobs.JOBS,
 }
 
 

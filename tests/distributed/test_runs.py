@@ -145,6 +145,27 @@ def test_a_process_killed_in_a_save_ends_the_run_and_leaves_the_last_checkpoint(
     assert "continuing from" in text and "ended at the last update" in text
 
 
+def test_all_processes_end_with_the_same_exit_code(config: Path, tmp_path: Path) -> None:
+    """2 for a user's mistake, told once; 0 after a signal to one of them."""
+    (first, said), (second, other) = finish(aad1(2, "train", str(config), "--mesh", "dp=3"))
+    assert (first, second) == (2, 2)
+    assert said == (
+        "aad1: --mesh dp=3,cp=1 needs 3 processes, there are 2 (torchrun --nproc-per-node)\n"
+    )
+    assert other == ""
+    started = aad1(
+        2, "train", str(config), "--out", str(tmp_path), "--optim.updates", "1000",
+        "--monitor.every", "0",
+    )  # fmt: skip
+    end = time.monotonic() + 90
+    while not checkpoint.steps(tmp_path / "sprites-tiny-dmd") and time.monotonic() < end:
+        time.sleep(0.2)
+    os.kill(started[1].pid, signal.SIGTERM)
+    results = finish(started, 60)
+    assert [code for code, _ in results] == [0, 0], results
+    assert "stopped by SIGTERM at update" in results[0][1]
+
+
 def torchrun(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     return subprocess.Popen(

@@ -335,6 +335,11 @@ def _source(source: Source | str | Path, part: str) -> Source:
     return parts.source(part)
 
 
+def wan_source(path: str | Path) -> Source:
+    """The transformer in a file or folder, as lazily read tensors under diffusers' names."""
+    return _source(path, "transformer")
+
+
 def wan_config(source: Source) -> WanConfig:
     """The configuration of a transformer, from diffusers' config.json if there is one."""
     if source.config.get("_class_name") == "WanTransformer3DModel":

@@ -7,6 +7,7 @@ ablations are switches: a block-causal backbone, and one logit per frame instead
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,23 @@ class Discriminator(nn.Module):
             normed = self.norm(joined.to(self.norm.weight.dtype))
             logits = F.linear(normed, self.logit.weight, self.logit.bias).float()[:, 0]
         return logits.view(b, f - 1) if self.config.per_frame else logits
+
+    def fresh_heads(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What __init__ draws from torch's global generator, by name and in its order, one tensor
+        at a time: for a discriminator that was built on the meta device."""
+        for name, part in self.named_modules():
+            if name.startswith("backbone") or not list(part.parameters(recurse=False)):
+                continue
+            if isinstance(part, QueryHead):
+                yield f"{name}.query", torch.randn(part.query.shape) * 0.02
+                continue
+            part.to_empty(device="cpu")
+            part.reset_parameters()  # type: ignore[operator]
+            if part is self.logit:
+                nn.init.normal_(self.logit.weight, std=0.02)
+                nn.init.zeros_(self.logit.bias)
+            yield from ((f"{name}.{n}", p.detach()) for n, p in part.named_parameters())
+            part.to_empty(device="meta")
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Heads and query tokens (they learn faster than the backbone)."""

@@ -63,16 +63,28 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Of a safetensors file."""
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) one after the other. Tensors are views of the mapped file: copy them."""
+    def read(
+        self, names: Iterable[str], rows: Mapping[str, slice] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) one after the other. Tensors are views of the mapped file: copy them.
+
+        rows: by name, the rows of the first dimension that are wanted; no others are read.
+        """
+        rows = rows or {}
         if self.path.suffix in SAFETENSORS:
             with _safetensors(self.path) as file:
                 for name in names:
-                    yield name, file.get_tensor(name)
+                    wanted = rows.get(name)
+                    if wanted is None:
+                        yield name, file.get_tensor(name)
+                    elif wanted.start < wanted.stop:
+                        yield name, file.get_slice(name)[wanted]
             return
         tensors = _flat(_unpickle(self.path), self.weights)
         for name in names:
-            yield name, tensors[name]
+            wanted = rows.get(name)
+            if wanted is None or wanted.start < wanted.stop:
+                yield name, tensors[name] if wanted is None else tensors[name][wanted]
 
 
 def open_tensors(path: Path, weights: str = "") -> TensorFile:
@@ -237,12 +249,18 @@ class Source:
         """Shape and dtype by name."""
         return {name: file.specs[key] for name, (file, key) in self.places.items()}
 
-    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) file by file; the tensors are views of mapped files: copy them."""
+    def read(
+        self, names: Iterable[str] | None = None, rows: Mapping[str, slice] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) file by file; the tensors are views of mapped files: copy them.
+
+        rows: as `TensorFile.read` takes them.
+        """
         wanted: dict[Path, tuple[TensorFile, dict[str, str]]] = {}
         for name in self.places if names is None else names:
             file, key = self.places[name]
             wanted.setdefault(file.path, (file, {}))[1][key] = name
         for file, keys in wanted.values():
-            for key, tensor in file.read(keys):
+            own = {key: rows[name] for key, name in keys.items() if rows and name in rows}
+            for key, tensor in file.read(keys, own):
                 yield keys[key], tensor

@@ -8,6 +8,7 @@ States are sharded over all processes, or within each of `replicas` groups (HSDP
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Processes:
     """All processes of a run as one of them sees them; the default is one alone.
 
     mesh: over which states are sharded (None: not at all); context: the group that shares a clip.
+    gather_bf16: exchange the blocks' matrices in bfloat16 (`shard.distribute`).
     """
 
     rank: int = 0
@@ -80,6 +82,7 @@ class Processes:
     shape: MeshShape = MeshShape()
     mesh: DeviceMesh | None = None
     context: dist.ProcessGroup | None = None
+    gather_bf16: bool = False
 
     @property
     def main(self) -> bool:
@@ -157,6 +160,7 @@ def start(mesh: str, device: torch.device, timeout: timedelta = TIMEOUT) -> Proc
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timeout)
+        _joined.append(True)
     known = Processes(dist.get_rank(), size)
     with known.together():
         shape = MeshShape.parse(mesh, size)
@@ -186,6 +190,26 @@ def leave() -> None:
     """Leave the processes that `start` joined, if it did."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+_joined: list[bool] = []
+
+
+def end(code: int, together: bool = False) -> None:
+    """End this process with `code` if it had joined others; else nothing happens.
+
+    An interpreter that takes groups of processes down on its way out aborts now and then, which
+    would look like a failed run. So all output is flushed, and it does not get that far. together:
+    all processes end here; they wait for one another, so that torchrun, which ends the others when
+    one has failed, sees the code of each.
+    """
+    if not _joined:
+        return
+    if together and dist.is_initialized():
+        dist.all_reduce(torch.zeros(()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -10,7 +10,8 @@ frame and prompts; both are noised at the same tau, in the discriminator's step 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -53,8 +54,15 @@ class AdversarialConfig:
     """"logistic" (paper) or "relativistic" (pairs)."""
     min_sigma: float = 0.0
     max_sigma: float = 1.0
+    graph: str = "auto"
+    """Which of the discriminator's passes (real, generated, and each perturbed) have activations in
+    memory at once. "whole": all. "pairs": a clip and its perturbed copy, then the other two.
+    "single": one, which costs a second forward pass of some. The gradient is the same. "auto":
+    pairs where blocks are checkpointed (`checkpoint_blocks`), else whole."""
 
     def __post_init__(self) -> None:
+        if self.graph not in ("auto", *GRAPHS):
+            raise UserError(f"graph must be auto, {', '.join(GRAPHS)}, got {self.graph!r}")
         if self.loss not in ("logistic", "relativistic"):
             raise UserError(f'loss must be "logistic" or "relativistic", got {self.loss!r}')
         if self.penalty_weight < 0 or self.penalty_sigma <= 0:
@@ -68,6 +76,35 @@ class AdversarialConfig:
             )
         if self.critic_updates < 1:
             raise UserError(f"critic_updates must be at least 1, got {self.critic_updates}")
+
+    def settled(self, checkpointed: bool) -> AdversarialConfig:
+        """With `graph` chosen, if it is "auto"; checkpointed: whether blocks are run again."""
+        if self.graph != "auto":
+            return self
+        return replace(self, graph="pairs" if checkpointed else "whole")
+
+    def turns(self) -> tuple[list[tuple[int, ...]], set[int]]:
+        """How the discriminator's step goes: groups of passes that share a graph, in order, and
+        the passes that are run without a graph before. Passes are 0 real, 1 generated, 2 and 3
+        the same perturbed (none of these without a penalty).
+        """
+        groups = GRAPHS[self.settled(False).graph]
+        coupled = [(0, 1)] if self.loss == "relativistic" else []
+        if self.penalty_weight:
+            coupled += [(0, 2), (1, 3)]
+        else:
+            groups = [tuple(n for n in group if n < 2) for group in groups]
+        # What an earlier group's loss depends on must be known before its turn has come.
+        ahead = {j for i, j in coupled if not any(i in g and j in g for g in groups)}
+        return [group for group in groups if group], ahead
+
+
+GRAPHS: dict[str, list[tuple[int, ...]]] = {
+    "whole": [(0, 1, 2, 3)],
+    "pairs": [(0, 2), (1, 3)],
+    "single": [(0,), (1,), (2,), (3,)],
+}
+"""Passes of the discriminator that share a graph; see `AdversarialConfig.turns`."""
 
 
 class Adversarial:
@@ -138,6 +175,43 @@ class Adversarial:
         return total, {"loss": loss.detach(), "fake_logit": fake.detach().mean()}
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
+        """The discriminator's loss as one graph of all passes."""
+        x, tau, text = self._judged(batch, rng)
+        tau, text = torch.cat([tau, tau]), torch.cat([text, text])
+        logits = [self.discriminator(pair, tau, text).chunk(2) for pair in x]
+        return self._critic_loss([logit for pair in logits for logit in pair])
+
+    def critic_parts(self, batch: Batch, rng: Rng) -> Iterator[Loss]:
+        """`critic_loss` in parts, each to be back-propagated before the next is asked for.
+
+        A part has the graph of one group of passes; the other logits are constants in it. So the
+        parts' gradients add up to that of the loss, by the chain rule: dL = sum_i dL/dl_i dl_i.
+        The last part has the logs.
+        """
+        groups, ahead = self.config.turns()
+        if len(groups) == 1:
+            yield self.critic_loss(batch, rng)
+            return
+        x, tau, text = self._judged(batch, rng)
+        inputs = [half for pair in x for half in pair.chunk(2)]
+        # What is unknown and not in `ahead` moves the loss's value alone: a constant will do.
+        logits = [torch.zeros((), device=tau.device)] * len(inputs)
+        with torch.no_grad():
+            for i in ahead:
+                logits[i] = self.discriminator(inputs[i], tau, text)
+        for group in groups:
+            for i in group:
+                logits[i] = self.discriminator(inputs[i], tau, text)
+            loss, logs = self._critic_loss(logits)
+            yield loss, logs if group == groups[-1] else {}
+            for i in group:
+                logits[i] = logits[i].detach()
+
+    def _judged(
+        self, batch: Batch, rng: Rng
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """What the discriminator is shown: real clips and generated ones noised, [2 B, C, F, H, W],
+        and the same perturbed if that is punished; their noise levels [B] and text."""
         real_x = batch.latents
         text = self.conditioner(batch.captions, real_x.shape[2])
         recorded, step = self.self_rollout(real_x, text, rng)
@@ -147,14 +221,17 @@ class Adversarial:
         noise = randn(real_x.shape, real_x, rng)
         both = torch.cat([real_x, fake_x])
         x_tau = add_noise(both, torch.cat([noise, noise]), torch.cat([tau, tau]))
-        sigma, context = torch.cat([tau, tau]), torch.cat([text, text])
-        real, fake = self.discriminator(x_tau, sigma, context).chunk(2)
+        if not self.config.penalty_weight:
+            return [x_tau], tau, text
+        drawn = randn((2, *real_x.shape), x_tau, rng, dim=1).flatten(0, 1)
+        return [x_tau, x_tau + self.config.penalty_sigma * drawn], tau, text
+
+    def _critic_loss(self, logits: list[torch.Tensor]) -> Loss:
+        """logits: of real and generated clips, then of the perturbed ones if there are any."""
+        real, fake, *near = logits
         penalty = torch.zeros((), device=real.device)
-        if self.config.penalty_weight:
-            drawn = randn((2, *real_x.shape), x_tau, rng, dim=1).flatten(0, 1)
-            delta = self.config.penalty_sigma * drawn
-            near_real, near_fake = self.discriminator(x_tau + delta, sigma, context).chunk(2)
-            penalty = approximate_penalty(real, near_real) + approximate_penalty(fake, near_fake)
+        if near:
+            penalty = approximate_penalty(real, near[0]) + approximate_penalty(fake, near[1])
         if self.config.loss == "relativistic":
             loss = relativistic_loss(real, fake)
         else:

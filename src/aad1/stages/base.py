@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -78,6 +78,16 @@ class Stage(Protocol):
     def generator_loss(self, batch: Batch, rng: Rng) -> Loss: ...
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss: ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A stage whose critic's loss need not be one graph."""
+
+    def critic_parts(self, batch: Batch, rng: Rng) -> Iterator[Loss]:
+        """Losses whose gradients add up to that of `critic_loss`; each is back-propagated before
+        the next is asked for. The logs of all are those of `critic_loss`."""
+        ...
 
 
 def noise_from(tensor: torch.Tensor, geometry: ChunkGeometry) -> Noise:

@@ -187,6 +187,15 @@ class Experiment:
     keep_gathered: bool = True
     """Several processes: hold the generator's weights whole on each for the length of a step (4
     bytes a weight) rather than gather them block by block for every pass of a rollout."""
+    gather_bf16: bool = False
+    """Several processes that compute in bf16: exchange the blocks' matrices in bf16 instead of
+    float32 (half the traffic, and half of what `keep_gathered` holds). Where a step uses a weight
+    twice, its gradients are added in bf16."""
+    average_on_cpu: bool = False
+    """Keep the average of the weights (4 bytes each) in the CPU's memory."""
+    moments_on_cpu: bool = False
+    """Keep the optimisers' moments (4 bytes a weight, or 8) in the CPU's memory. Both pass through
+    the GPU part by part once an update: time against memory, with the same numbers."""
     max_skipped: int = 0
     """Steps in a row that may be left out because a loss or gradient is not finite."""
     accept_changes: bool = False

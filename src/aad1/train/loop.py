@@ -8,9 +8,8 @@ of the update and the sample's number in the global batch.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,9 +17,18 @@ import torch
 from torch import nn
 
 from aad1.parallel.mesh import Processes, SharedError, share
-from aad1.parallel.shard import distribute, gathered, local, reduce_over_replicas, reshard, whole
-from aad1.stages.base import Logs, SampleNoise, Stage
-from aad1.train.adam import MomentlessAdamW
+from aad1.parallel.shard import (
+    distribute,
+    fix_precision,
+    gathered,
+    local,
+    reduce_over_replicas,
+    reshard,
+    whole,
+)
+from aad1.stages.base import Batch, InParts, Logs, Loss, SampleNoise, Stage
+from aad1.train.adam import AdamW
+from aad1.train.averages import Averages
 from aad1.train.config import OptimConfig
 from aad1.train.muon import Muon
 from aad1.train.sources import Source, key
@@ -34,9 +42,10 @@ class Trainer:
     """Updates of one stage: critic steps, then one generator step, then the averages.
 
     stage: the objective. modules: networks to checkpoint, by role; they are shared out over the
-    processes here. averaged: roles of which an exponential moving average is kept (`ema`), which is
-    what gets shipped. max_skipped: steps in a row that may be left out because a number in them is
-    not finite. keep_gathered: hold the generator's weights whole for the length of a step.
+    processes here. averaged: roles of which an exponential moving average is kept (`averages`),
+    which is what gets shipped. max_skipped: steps in a row that may be left out because a number in
+    them is not finite. keep_gathered: hold the generator's weights whole for the length of a step.
+    average_on_cpu, moments_on_cpu: see the config's fields.
     """
 
     def __init__(
@@ -54,6 +63,8 @@ class Trainer:
         processes: Processes | None = None,
         max_skipped: int = 0,
         keep_gathered: bool = True,
+        average_on_cpu: bool = False,
+        moments_on_cpu: bool = False,
     ) -> None:
         self.stage, self.source, self.config = stage, source, config
         self.modules, self.seed, self.device, self.bf16 = dict(modules), seed, device, bf16
@@ -64,11 +75,14 @@ class Trainer:
             config.batch * config.accumulate, config.batch, self.processes.shape.dp
         )
         """Clips of one update that this data-parallel group takes, and clips at a time."""
-        self.ema = {name: copy.deepcopy(modules[name]).eval() for name in averaged}
-        for module in self.ema.values():
-            module.requires_grad_(False)
-        for module in (*self.modules.values(), *self.ema.values()):
+        for module in self.modules.values():
             distribute(module, self.processes)
+            if self.processes.gather_bf16:
+                fix_precision(module)
+        self.averages = Averages(
+            {name: self.modules[name] for name in averaged}, config.ema, on_cpu=average_on_cpu
+        )
+        self.moments_on_cpu = moments_on_cpu
         self.update = 0
         self.turn = 0
         """Steps of the running update that are done: critic steps, then the generator's."""
@@ -101,8 +115,8 @@ class Trainer:
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]
     ) -> torch.optim.Optimizer:
         decay = self.config.weight_decay
-        if betas[0] == 0:
-            return MomentlessAdamW(groups, lr, betas[1], weight_decay=decay)
+        if betas[0] == 0 or self.moments_on_cpu:
+            return AdamW(groups, lr, betas, weight_decay=decay, on_cpu=self.moments_on_cpu)
         fused = self.device.type == "cuda"
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay, fused=fused)
 
@@ -142,7 +156,7 @@ class Trainer:
         self.update += 1
         self.turn = 0
         if self.skipped == before:
-            self._average()
+            self.averages.update()
         if self.skipped:
             logs["skipped"] = torch.tensor(float(self.skipped))
         return logs
@@ -184,17 +198,27 @@ class Trainer:
         """Gradients of one micro-batch: samples from `position` of the stream on, which are those
         from `number` on in the global batch."""
         batch = self.source.batch(position, self.micro)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16,
-            cache_enabled=self.processes.size == 1,  # a cast copy of all weights is not wanted
-        ):  # fmt: skip
-            rng = self._noise(role, index, number)
-            if role == "critic":
-                loss, logs = self.stage.critic_loss(batch, rng)
-            else:
-                loss, logs = self.stage.generator_loss(batch, rng)
-        (loss * (self.micro / self.samples)).backward()
-        return logs
+        parts = self._losses(role, batch, self._noise(role, index, number))
+        logs: Logs = {}
+        while True:
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.bf16,
+                cache_enabled=self.processes.size == 1,  # a cast copy of all weights is not wanted
+            ):  # fmt: skip
+                part = next(parts, None)
+            if part is None:
+                return logs
+            (part[0] * (self.micro / self.samples)).backward()
+            logs |= part[1]
+
+    def _losses(self, role: str, batch: Batch, noise: SampleNoise) -> Iterator[Loss]:
+        """Losses to back-propagate one after the other; usually there is one."""
+        if role != "critic":
+            yield self.stage.generator_loss(batch, noise)
+        elif isinstance(self.stage, InParts):
+            yield from self.stage.critic_parts(batch, noise)
+        else:
+            yield self.stage.critic_loss(batch, noise)
 
     def _noise(self, role: str, index: int, number: int) -> SampleNoise:
         step = (self.seed, role, self.update, index)
@@ -245,13 +269,6 @@ class Trainer:
                     return False, f"the gradient of {module_name}.{name} is not finite"
         return False, ""
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        for name, ema in self.ema.items():
-            average = [local(p) for p in ema.parameters()]
-            live = [local(p) for p in self.modules[name].parameters()]
-            torch._foreach_lerp_(average, live, 1 - self.config.ema)
-
     # -- resuming -------------------------------------------------------------------------
 
     def counters(self) -> dict[str, int]:
@@ -263,12 +280,13 @@ class Trainer:
 
         With `counters` all that a continued run needs. To be called in all processes.
         """
-        reshard((*self.modules.values(), *self.ema.values()))
+        reshard(self.modules.values())
         out: dict[str, torch.Tensor] = {}
-        for kind, modules in (("model", self.modules), ("ema", self.ema)):
-            for role, module in modules.items():
-                for name, value in module.state_dict().items():
-                    out[f"{kind}.{role}.{name}"] = value.detach()
+        for role, module in self.modules.items():
+            for name, value in module.state_dict().items():
+                out[f"model.{role}.{name}"] = value.detach()
+        for role, tensors in self.averages.tensors.items():
+            out |= {f"ema.{role}.{name}": value for name, value in tensors.items()}
         for prefix, optimizer, p in self._optimised():
             for name, value in optimizer.state.get(p, {}).items():
                 out[f"{prefix}.{name}"] = value
@@ -306,7 +324,8 @@ class Trainer:
                     continue
                 # A count of steps is a number, on the CPU unless the optimiser is fused.
                 count = torch.zeros((), device=self.device if self._fused(optimizer) else "cpu")
-                optimizer.state[p][name] = torch.zeros_like(p) if shape else count
+                blank = optimizer.blank if isinstance(optimizer, AdamW) else torch.zeros_like
+                optimizer.state[p][name] = blank(p) if shape else count
         load(self.tensors())
         for name in COUNTERS:
             setattr(self, name, counters[name])

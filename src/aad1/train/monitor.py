@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from aad1.evaluate.motion import motion
 from aad1.evaluate.report import evaluate_videos, measure_real
@@ -43,8 +42,8 @@ class CollapseMonitor:
     kept: dict[str, Any] | None = None
     """Update and weights of the check with the best M (the latest of equals)."""
 
-    def check(self, update: int, m: float, model: nn.Module) -> None:
-        """Record M at an update, and keep the model's weights if none had a better M."""
+    def check(self, update: int, m: float, weights: Mapping[str, torch.Tensor]) -> None:
+        """Record M at an update, and keep (a copy of) the weights if none had a better M."""
         self.history.append([update, m])
         self.falls = self.falls + 1 if min(m, 1.0) < self.config.fall * self.best else 0
         # A generator that has barely moved from a noisy start may flicker at M far above 1: as a
@@ -53,8 +52,8 @@ class CollapseMonitor:
         if near >= self.best:
             self.best = near
             if self.config.early_stop:
-                weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
-                self.kept = {"update": update, "weights": weights}
+                kept = {k: v.detach().clone() for k, v in weights.items()}
+                self.kept = {"update": update, "weights": kept}
 
     @property
     def fallen(self) -> bool:

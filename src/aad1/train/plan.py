@@ -61,14 +61,15 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """The states of one network, in bytes."""
+    """The states of one network, in bytes: on GPUs, and on_cpu in the CPUs' memory."""
 
     name: str
     parameters: int
-    weights: int
+    weights: int = 0
     gradients: int = 0
     adam: int = 0
     average: int = 0
+    on_cpu: int = 0
 
     @property
     def total(self) -> int:
@@ -96,15 +97,18 @@ class Plan:
     teacher: WanConfig
 
 
-def plan(e: Experiment, cluster: Cluster) -> Plan:
-    """The plan of an experiment on Wan's data. UserError for another world or a teacher's run."""
+def plan(e: Experiment, cluster: Cluster, teacher: WanConfig | None = None) -> Plan:
+    """The plan of an experiment on Wan's data. UserError for another world or a teacher's run.
+
+    teacher: its architecture, if not that of what the experiment names.
+    """
     if not isinstance(e.data, WanData) or not isinstance(
         e.stage, OdeInitConfig | DmdConfig | AdversarialConfig
     ):
         raise UserError(f"--dry-run knows the Wan presets; {e.name} is none")
     clip = _clip(e, e.data)
     e.geometry.chunks(clip.frames)
-    teacher = _config_of(e.teacher) or e.model
+    teacher = teacher or _config_of(e.teacher) or e.model
     student = _config_of(e.init) or e.model
     bf16 = e.precision != "fp32"
     roles = _roles(e, student, teacher, bf16)
@@ -164,10 +168,11 @@ def _count(parameters: list[nn.Parameter]) -> int:
 def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) -> tuple[Role, ...]:
     def trained(name: str, total: int, used: int, average: bool = False) -> Role:
         betas = e.optim.betas if name == "generator" else e.optim.critic_betas
+        moments, mean = (8 if betas[0] else 4) * used, 4 * total * average
         return Role(
             name=name, parameters=total, weights=4 * total, gradients=4 * used,
-            adam=(8 if betas[0] else 4) * used,
-            average=4 * total * average,
+            adam=0 if e.moments_on_cpu else moments, average=0 if e.average_on_cpu else mean,
+            on_cpu=moments * e.moments_on_cpu + mean * e.average_on_cpu,
         )  # fmt: skip
 
     with torch.device("meta"):
@@ -192,7 +197,8 @@ def _roles(e: Experiment, student: WanConfig, teacher: WanConfig, bf16: bool) ->
         n = _count(critic.head_parameters())
         roles.append(trained("its heads", n, n))
     if e.monitor.early_stop and e.monitor.every:
-        roles.append(Role(name="best weights so far", parameters=own, weights=4 * own))
+        where = "on_cpu" if e.average_on_cpu else "weights"  # a copy of the average
+        roles.append(Role(name="best weights so far", parameters=own, **{where: 4 * own}))
     return tuple(roles)
 
 
@@ -206,19 +212,23 @@ def _copies(
 ) -> int:
     """Weights beside the masters.
 
-    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two float32 blocks
-    and what is outside the blocks are gathered at a time, and all of the generator where it is kept
-    gathered.
+    On one GPU autocast keeps a bf16 copy of the network in training. Sharded, two blocks and what
+    is outside the blocks are gathered at a time, and all of the generator where it is kept
+    gathered: in float32, or the blocks in bf16.
     """
     if cluster.gpus == 1:
         return 2 * max(r.parameters for r in trained) if bf16 else 0
-    with torch.device("meta"):
-        most = 0
-        for config in (student, teacher):
+    size = 2 if e.gather_bf16 else 4
+    most = 0
+    for config in (student, teacher):
+        with torch.device("meta"):
             one = WanTransformer(replace(config, num_layers=1))
-            block = _count(list(one.blocks.parameters()))
-            most = max(most, _count(list(one.parameters())) + block)
-    return 4 * most + (4 * trained[0].parameters if e.keep_gathered else 0)
+        block = _count(list(one.blocks.parameters()))
+        outside = _count(list(one.parameters())) - block
+        most = max(most, 4 * outside + 2 * size * block)
+        if config is student and e.keep_gathered:
+            kept = 4 * outside + size * (trained[0].parameters - outside)
+    return most + (kept if e.keep_gathered else 0)
 
 
 def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> tuple[float, float]:
@@ -254,9 +264,10 @@ def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> 
     backbone = student if e.discriminator.causal else teacher
     judge = costs.discriminator(backbone, clip, geometry, e.discriminator)
     relative = judge.forward * (e.stage.loss == "relativistic")
-    passes = 4 if e.stage.penalty_weight else 2
+    groups, ahead = e.stage.settled(again).turns()
+    passes = sum(map(len, groups))
     generator = rollout + judge.to_input(again) + relative + replay
-    return generator, rollout + passes * judge.training(again)
+    return generator, rollout + passes * judge.training(again) + len(ahead) * judge.forward
 
 
 def _activations(
@@ -285,9 +296,10 @@ def _activations(
     seen_by = block_causal(g, frames) if causal else bidirectional(frames)
     judge = student if causal else teacher
     phases["generator, judged"] = past + graph(judge, seen_by, frames, clips=clips, layers=layers)
-    passes = 2 if e.stage.penalty_weight else 1
-    phases["discriminator"] = graph(
-        judge, seen_by, frames, clips=2 * clips, passes=passes, layers=layers
+    groups, _ = e.stage.settled(e.checkpoint_blocks).turns()
+    most, pair = max(map(len, groups)), 1 + (len(groups) == 1)
+    phases["discriminator"] = graph(  # as one graph, real and generated clips share a pass
+        judge, seen_by, frames, clips=pair * clips, passes=most // pair, layers=layers
     )
     return phases
 
@@ -323,6 +335,9 @@ def describe(e: Experiment, cluster: Cluster) -> str:
     total = (states + p.copies + p.activations[worst] / context) / GIB
     verdict = "fits" if total <= cluster.gib else "does NOT fit"
     lines.append(f"in all {total:.1f} GiB per GPU: {verdict} in {cluster.gib:g} GiB")
+    away = sum(role.on_cpu for role in p.roles) / p.shards / GIB
+    if away:
+        lines.append(f"beside it {away:.1f} GiB of the CPU's memory per GPU")
     operations = e.optim.updates * p.work + p.warmup_work
     seconds = operations / (gpus * cluster.tflops * 1e12 * cluster.mfu)
     lines += [

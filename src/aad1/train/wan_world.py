@@ -13,8 +13,7 @@ from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info
-from aad1.models.checkpoints import find_parts, load_wan_transformer, load_wan_vae
-from aad1.models.dit import WanTransformer
+from aad1.models.checkpoints import find_parts, load_wan_vae
 from aad1.models.weights import read_json, write_json
 from aad1.stages.base import Batch, Conditioner, TextEncoder
 from aad1.train.config import WanData
@@ -156,11 +155,6 @@ class WanWorld(World):
         batch = replace(batch, latents=batch.latents[:, :, : frames or self.frames])
         video = torch.cat([self.codec.decode(clip) for clip in batch.latents.split(1)])
         return video, batch
-
-
-def load_student(path: Path, device: torch.device) -> tuple[WanTransformer, ModelInfo]:
-    """The transformer (float32) of a run's final/ or of Wan's weights, and what it is."""
-    return load_wan_transformer(path, torch.float32, device), describe(path)
 
 
 def describe(path: Path) -> ModelInfo:

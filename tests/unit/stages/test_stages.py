@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -343,6 +344,102 @@ def test_relativistic_and_frame_wise_switches_run() -> None:
     for loss, _ in (stage.critic_loss(data, rng()), stage.generator_loss(data, rng())):
         assert bool(torch.isfinite(loss))
         loss.backward()
+
+
+@pytest.mark.parametrize("loss", ["logistic", "relativistic"])
+@pytest.mark.parametrize("weight", [20.0, 0.0])
+@pytest.mark.parametrize("graph,share,extra", [("pairs", 2, (0, 1)), ("single", 4, (2, 3))])
+def test_the_critics_loss_in_parts_has_the_gradient_of_the_whole(
+    loss: str, weight: float, graph: str, share: int, extra: tuple[int, int]
+) -> None:
+    """Same gradients and logs; a part keeps its share of the activations, and passes that are run
+    twice are as few as the loss's coupling demands."""
+
+    def run(graph: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[int], int]:
+        config = AdversarialConfig(loss=loss, penalty_weight=weight, graph=graph)
+        stage, logs, kept = adversarial(config), {}, [0]
+        passes: list[int] = []
+        stage.discriminator.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+
+        weights = {p.data_ptr() for p in stage.discriminator.parameters()}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[-1] += x.numel() * (x.data_ptr() not in weights)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            for part, found in stage.critic_parts(batch(), rng()):
+                part.backward()
+                kept.append(0)
+                logs |= found
+        grads = {n: p.grad for n, p in stage.discriminator.named_parameters() if p.grad is not None}
+        return grads, logs, kept[:-1], sum(passes) // 3
+
+    want, wanted_logs, (all_kept,), once = run("whole")
+    got, logs, kept, passes = run(graph)
+    largest = max(float(g.abs().max()) for g in want.values())
+    assert largest > 1e-2 and got.keys() == want.keys()
+    for name, grad in want.items():
+        assert float((got[name] - grad).abs().max()) <= 1e-6 * largest, name
+    torch.testing.assert_close(logs, wanted_logs, rtol=1e-5, atol=1e-6)
+    parts = share if weight else 2
+    assert len(kept) == parts
+    assert max(kept) < 1.02 * all_kept / parts
+    again = extra[loss == "relativistic"] if weight else int(loss == "relativistic")
+    assert passes == once + again
+
+
+def test_passes_run_ahead_take_no_gradient_away_under_autocast() -> None:
+    """Autocast keeps cast weights for later passes, also for those that want a gradient."""
+    grads = []
+    for graph in ("whole", "single"):
+        stage = adversarial(AdversarialConfig(loss="relativistic", graph=graph))
+        with torch.autocast("cpu", torch.bfloat16):
+            for part, _ in stage.critic_parts(batch(), rng()):
+                part.backward()
+        grads.append({n: p.grad for n, p in stage.discriminator.named_parameters()})
+    flat = [torch.cat([g.flatten() for g in one.values() if g is not None]) for one in grads]
+    assert float(torch.cosine_similarity(*flat, dim=0)) > 0.99
+    assert [n for n, g in grads[0].items() if g is None] == [
+        n for n, g in grads[1].items() if g is None
+    ]
+
+
+def test_a_part_without_the_others_logits_is_noticed() -> None:
+    """The comparison above can tell: the pairs' loss with unknown logits is not the whole's."""
+    config = AdversarialConfig(loss="relativistic", graph="pairs")
+    stage = adversarial(config)
+    groups, ahead = config.turns()
+    assert (groups, ahead) == ([(0, 2), (1, 3)], {1})
+    whole, grads = adversarial(replace(config, graph="whole")), []
+    for s, known in ((whole, True), (stage, False)):
+        if not known:
+            s.config = _Forgetful(config)  # type: ignore[assignment]
+        for part, _ in s.critic_parts(batch(), rng()):
+            part.backward()
+        grads.append([p.grad for p in s.discriminator.parameters() if p.grad is not None])
+    assert max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True)) > 1e-4
+
+
+class _Forgetful:
+    """A config whose passes are never run ahead."""
+
+    def __init__(self, config: AdversarialConfig) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+    def turns(self) -> tuple[list[tuple[int, ...]], set[int]]:
+        return self.config.turns()[0], set()
+
+
+def test_the_graph_is_split_where_blocks_are_checkpointed() -> None:
+    auto = AdversarialConfig()
+    assert [auto.settled(c).graph for c in (False, True)] == ["whole", "pairs"]
+    assert AdversarialConfig(graph="single").settled(True).graph == "single"
+    with pytest.raises(UserError, match="graph must be auto, whole, pairs, single, got 'halves'"):
+        AdversarialConfig(graph="halves")
 
 
 def test_bad_configs_name_the_value() -> None:

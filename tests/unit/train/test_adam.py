@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aad1.train import adam
-from aad1.train.adam import MomentlessAdamW
+from aad1.train.adam import AdamW
 
 
 def pair(seed: int = 0) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -20,8 +20,8 @@ def pair(seed: int = 0) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 def test_it_is_adamw_with_beta1_zero(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adam, "AT_ONCE", at_once)
     mine, theirs = pair()
-    ours = MomentlessAdamW(
-        [{"params": mine[:1]}, {"params": mine[1:], "lr": 0.03}], 0.01, 0.9, weight_decay=0.1
+    ours = AdamW(
+        [{"params": mine[:1]}, {"params": mine[1:], "lr": 0.03}], 0.01, (0.0, 0.9), weight_decay=0.1
     )
     reference = torch.optim.AdamW(
         [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.03}], 0.01, (0.0, 0.9),
@@ -39,7 +39,27 @@ def test_it_is_adamw_with_beta1_zero(at_once: int, monkeypatch: pytest.MonkeyPat
 
 def test_it_keeps_one_number_a_weight() -> None:
     (p, _), _ = pair()
-    optimizer = MomentlessAdamW([p], 0.01)
+    optimizer = AdamW([p], 0.01)
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert sum(v.numel() for v in optimizer.state[p].values()) == p.numel() + 1
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_with_both_moments_it_is_torchs_too(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_cpu:  # as if the weights were elsewhere: what is brought to them is a copy
+        monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self.clone())
+    mine, theirs = pair()
+    ours = AdamW(mine, 0.01, (0.9, 0.99), weight_decay=0.1, on_cpu=on_cpu)
+    reference = torch.optim.AdamW(theirs, 0.01, (0.9, 0.99), weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-14, rtol=1e-12)
+        for name in ("step", "exp_avg", "exp_avg_sq"):  # so a checkpoint of one is one of the other
+            x, y = ours.state[a][name], reference.state[b][name]
+            torch.testing.assert_close(x, y, atol=1e-14, rtol=1e-12, check_dtype=False)

@@ -21,7 +21,7 @@ def follow(values: list[float], **config: float) -> tuple[CollapseMonitor, list[
     fallen, collapsed = [], []
     for update, m in enumerate(values):
         torch.nn.init.constant_(model.weight, float(update))
-        monitor.check(update, m, model)
+        monitor.check(update, m, model.state_dict())
         fallen.append(monitor.fallen)
         collapsed.append(monitor.collapsed)
     return monitor, fallen, collapsed

@@ -52,12 +52,18 @@ def test_figures_of_the_plan() -> None:
     assert small.roles[1].weights == 2 * small.roles[1].parameters
     # K and V of 17 frames at 288 MB; what a chunk sees of them is not held twice.
     assert small.activations["rollout"] / 1e9 == pytest.approx(17 * 0.2875, rel=0.01)
-    phases = whole.activations
-    # Those K and V are kept for the replay, not while the discriminator is trained. It has two
-    # passes of two clips alive: twice the block inputs beyond what two judged clips have.
-    judged = phases["generator, judged"] - 17 * 1.278e9
+    # Those K and V are kept for the replay, not while the discriminator is trained. A clip and its
+    # perturbed copy are alive there: a pass's block inputs more than where a clip is judged.
+    judged = whole.activations["generator, judged"] - 17 * 1.278e9
     inputs = 40 * 32760 * 5120 * 4
-    assert phases["discriminator"] - 2 * judged == pytest.approx(2 * inputs, rel=0.01)
+    assert whole.activations["discriminator"] - judged == pytest.approx(inputs, rel=0.01)
+    aad = preset("wan14b-aad")
+    for graph, passes, clips in (("single", 1, 1), ("pairs", 2, 1), ("whole", 4, 2)):
+        other = plan(replace(aad, stage=replace(aad.stage, graph=graph)), Cluster())  # type: ignore[type-var]
+        # The blocks' inputs of all passes, and one block with all the clips of its pass.
+        want = passes * inputs + clips * (judged - inputs)
+        assert other.activations["discriminator"] == pytest.approx(want, rel=0.01)
+        assert (other.work > whole.work) == (graph == "single")
     assert whole.context == 1
     assert plan(preset("wan14b-aad"), Cluster(gpus=64)).context == 8
     assert plan(preset("wan1.3b-aad"), Cluster(gpus=64)).context == 4  # 12 heads
@@ -70,6 +76,8 @@ def test_figures_of_the_plan() -> None:
     aad, eight = preset("wan1.3b-aad"), Cluster(gpus=8)
     apart, kept = (plan(replace(aad, keep_gathered=k), eight) for k in (False, True))
     assert kept.copies - apart.copies == 4 * kept.roles[0].parameters
+    half = plan(replace(aad, gather_bf16=True), eight)
+    assert half.copies == pytest.approx(kept.copies / 2, rel=0.05)  # all but what is in no block
     # An ODE update: one block-causal forward of 64 clips, two more for its backward, one again.
     ode = plan(preset("wan1.3b-ode"), Cluster())
     pairs = (1 + 4 * 5 + 4 * 4 * 9) * 1560**2
@@ -77,6 +85,21 @@ def test_figures_of_the_plan() -> None:
     assert ode.work == pytest.approx(64 * 4 * by_hand, rel=0.03)
     two = plan(replace(preset("wan1.3b-dmd"), sigmas=(1.0, 5 / 6)), Cluster())
     assert two.work > small.work
+
+
+def test_what_is_kept_on_the_cpu_is_told_apart() -> None:
+    e = preset("wan1.3b-dmd")
+    here = plan(e, Cluster(gpus=8))
+    away = plan(replace(e, average_on_cpu=True, moments_on_cpu=True), Cluster(gpus=8))
+    n = here.roles[0].parameters
+    assert sum(role.on_cpu for role in here.roles) == 0
+    # The average, the best one so far, and a moment of the generator and of the fake score.
+    assert sum(role.on_cpu for role in away.roles) == 4 * 4 * n
+    states = [sum(role.total for role in p.roles) for p in (here, away)]
+    assert states[0] - states[1] == 4 * 4 * n
+    text = describe(replace(e, average_on_cpu=True), Cluster(gpus=8))
+    assert f"beside it {2 * 4 * n / 8 / 2**30:.1f} GiB of the CPU's memory per GPU" in text
+    assert "of the CPU's memory" not in describe(e, Cluster(gpus=8))
 
 
 def test_more_gpus_share_states_and_time() -> None:

@@ -15,14 +15,14 @@ import torch
 from aad1.errors import UserError
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
-from aad1.pipeline import INDEX, Pipeline, weights_hash
+from aad1.pipeline import INDEX, Pipeline, pick_device, weights_hash
 from aad1.presets import preset
 from aad1.train import checkpoint
 from aad1.train.config import Experiment, MonitorConfig
 from aad1.train.log import RunLog
 from aad1.train.monitor import Validation
 from aad1.train.record import read_record
-from aad1.train.run import Run, pick_device
+from aad1.train.run import Run
 
 STAGES = ("teacher", "ode", "dmd", "aad")
 PARENT = {"ode": "teacher", "dmd": "ode", "aad": "dmd"}
@@ -122,7 +122,7 @@ def test_a_single_pass_goes_through_all_stages_into_the_model_folder(
 def test_a_teacher_learns_its_prompt_encoder(tmp_path: Path) -> None:
     # Its output layers start at zero, so the prompts' first gradient comes after some updates.
     run = Run(experiment("teacher", tmp_path, optim={"updates": 6, "warmup": 0, "ema": 0.0}))
-    before = {n: p.detach().clone() for n, p in run.text.named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.setup.text.named_parameters()}
     trained = Pipeline.from_pretrained(run.train()).text
     for name, p in trained.named_parameters():
         assert float((p - before[name]).abs().max()) > 1e-4, name
@@ -263,6 +263,7 @@ def test_two_step_students_and_ablations_train(chain: Path, tmp_path: Path) -> N
     [
         (dict(device="tpu"), "auto, cpu, cuda or mps, got 'tpu'"),
         (dict(precision="fp8"), "auto, fp32 or bf16, got 'fp8'"),
+        (dict(gather_bf16=True), "gather_bf16 needs a run that computes in bf16"),
         (dict(teacher=None), "needs --teacher"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import aad1, finish
 
 from aad1 import cli
 from aad1.convert import convert
@@ -22,12 +23,13 @@ from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.pipeline import Pipeline, read_info, weights_hash
 from aad1.presets import preset
 from aad1.stages.base import Conditioner
-from aad1.train import run
+from aad1.train import results, resume
+from aad1.train.blocks import checkpoint_blocks
 from aad1.train.config import Experiment, MonitorConfig, WanData
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
-from aad1.train.record import read_record
-from aad1.train.run import Run, checkpoint_blocks
+from aad1.train.record import read_record, write_record
+from aad1.train.run import Run
 from aad1.train.wan_world import StoredConditioner, WanWorld
 
 STAGES = ("ode", "dmd", "aad")
@@ -104,6 +106,38 @@ def test_each_stage_trains_on_from_the_one_before(chain: Path, tiny_wan: Path, s
     assert "blocks.0.attn1.to_q.weight" in moved and "proj_out.weight" in moved
     e = read_record(final.parent / "config.yaml")
     assert isinstance(e.data, WanData) and e.data.base == tiny_wan
+
+
+def test_two_processes_read_their_shards_and_train_alike(
+    chain: Path, data: Path, tiny_wan: Path, tmp_path: Path
+) -> None:
+    """Stages II and III again, in two: the first losses, which hang on weights, heads and noise
+    alone, are those of one process, and what comes out has moved the same way."""
+    for stage in ("dmd", "aad"):
+        e = experiment(stage, tiny_wan, data, chain, mesh="dp=2", average_on_cpu=True)
+        write_record(replace(e, out=tmp_path), tmp_path / "config.yaml")
+        for code, said in finish(aad1(2, "train", str(tmp_path / "config.yaml"))):
+            assert code == 0, said
+        logs = []
+        for folder in (chain / e.name, tmp_path / e.name):
+            lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+            logs.append(next(x for x in lines if x["kind"] == "train"))
+        for name in ("loss", "fake", "dmd", "critic", "real_logit", "penalty", "generator_norm"):
+            if name in logs[0]:
+                assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-3), (stage, name)
+        assert e.init is not None
+        start, one, two = (
+            torch.cat(
+                [p.detach().flatten() for p in WanTransformer.from_pretrained(f).parameters()]
+            )
+            for f in (
+                e.init / "transformer",
+                chain / e.name / "final" / "transformer",
+                tmp_path / e.name / "final" / "transformer",
+            )
+        )
+        assert float((one - start).abs().max()) > 1e-5  # an average of two updates moves little
+        assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > 0.99
 
 
 def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
@@ -235,9 +269,9 @@ def test_two_steps_bf16_and_ablations_train(chain: Path, data: Path, tiny_wan: P
         for i, change in enumerate(changes):
             it = Run(replace(e, name=f"{stage}-{i}", **change))  # type: ignore[arg-type]
             if stage == "dmd":  # the real score is frozen: bfloat16 is enough for it
-                frozen = it._teacher_network(trained=False)
-                assert frozen.dtype == (torch.bfloat16 if it.bf16 else torch.float32)
-                assert it._teacher_network(trained=True).dtype == torch.float32
+                frozen = it.setup.teacher_network(trained=False)
+                assert frozen.dtype == (torch.bfloat16 if it.setup.bf16 else torch.float32)
+                assert it.setup.teacher_network(trained=True).dtype == torch.float32
             assert (it.train() / "model_index.json").exists()
 
 
@@ -245,7 +279,8 @@ def test_the_monitor_rolls_wan_clips_out(
     chain: Path, data: Path, tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Any] = []
-    monkeypatch.setattr(run, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
+    for module in (resume, results):
+        monkeypatch.setattr(module, "weights_hash", lambda m: hashed.append(m) or weights_hash(m))
     e = experiment("dmd", tiny_wan, data, chain, monitor=MonitorConfig(every=1, clips=2))
     e = replace(e, optim=replace(e.optim, updates=2, accumulate=1), out=tmp_path)
     folder = Run(e).train().parent
@@ -322,7 +357,7 @@ def measured(trainer: Trainer, frozen: int) -> dict[str, int]:
         for name in s
         if name != "step"
     ]
-    average = [p for module in trainer.ema.values() for p in module.parameters()]
+    average = [p for tensors in trainer.averages.tensors.values() for p in tensors.values()]
     return {
         "weights": sum(p.nbytes for p in live) + frozen,
         "gradients": sum(p.grad.nbytes for p in live if p.grad is not None),
@@ -356,7 +391,7 @@ def test_the_plan_s_states_are_what_the_trainer_holds(
     p = plan(replace(e, precision="fp32"), Cluster())
     for kind, size in held.items():
         assert sum(getattr(role, kind) for role in p.roles) == size, kind
-    count = sum(q.numel() for q in it.generator.parameters())
+    count = sum(q.numel() for q in it.setup.generator.parameters())
     assert p.roles[0].parameters == count
     names = {"ode": ["generator"], "dmd": ["generator", "real score", "fake score"],
              "aad": ["generator", "discriminator", "its heads"]}[stage]  # fmt: skip
