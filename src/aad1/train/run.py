@@ -28,6 +28,7 @@ from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
 from aad1.stages.base import Conditioner, Stage, roll_out
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
+from aad1.stages.joint import Joint, JointConfig
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
 from aad1.train import checkpoint
@@ -47,6 +48,7 @@ STAGE_NAMES = {
     OdeInitConfig: "ode",
     DmdConfig: "dmd",
     AdversarialConfig: "aad",
+    JointConfig: "joint",
 }
 
 
@@ -164,7 +166,7 @@ class Run:
         if isinstance(config, OdeInitConfig):
             ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
             return ode, self._trajectories(log), modules
-        source = self.world.train()
+        source = self.world.train(getattr(config, "rollout_frames", 0))
         if isinstance(config, PretrainConfig):
             assert isinstance(self.text, WordEncoder)
             modules["text"] = self.text
@@ -180,13 +182,22 @@ class Run:
             modules["fake_score"] = fake
             distribute(real, self.processes)
             return DmdWarmup(rollout, real, fake, self.conditioner, config, run), source, modules
+        if isinstance(config, JointConfig):
+            fake_score = self._teacher_network(trained=True)
+            judge = Discriminator(fake_score, e.discriminator, e.geometry).to(self.device)
+            real = self._teacher_network(trained=False)
+            modules["discriminator"] = judge
+            distribute(real, self.processes)
+            return Joint(rollout, real, judge, self.conditioner, config, run), source, modules
         if e.discriminator.causal:
             backbone = copy.deepcopy(self.generator).requires_grad_(True)
         else:
             backbone = self._teacher_network(trained=True)
         critic = Discriminator(backbone, e.discriminator, e.geometry)
         modules["discriminator"] = critic.to(self.device)
-        return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
+        stretch = self.world.frames if config.rollout_frames else None
+        adversarial = Adversarial(rollout, critic, self.conditioner, config, run, stretch)
+        return adversarial, source, modules
 
     def _trajectories(self, log: RunLog) -> Source:
         """Stage I's trajectories: sampled now on a small world, beforehand for Wan."""
@@ -233,6 +244,7 @@ class Run:
             stage, source, modules, averaged, e.optim, seed=e.seed, device=self.device,
             bf16=self.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
             processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
+            device_noise=e.device_noise,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():
@@ -309,7 +321,7 @@ class Run:
         values: dict[str, float] = {}
         if self.processes.main:
             values = validation.measure(validation.decode(latents))
-        if isinstance(stage, Adversarial):
+        if isinstance(stage, Adversarial | Joint):
             real = validation.batch
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 gap = stage.heldout_gap(real.latents, latents, real.captions, validation.together)
@@ -337,7 +349,7 @@ class Run:
     @property
     def _watched(self) -> bool:
         """Whether the collapse monitor runs: stages II and III roll out their own frames."""
-        return self.stage_name in ("dmd", "aad") and self.experiment.monitor.every > 0
+        return self.stage_name in ("dmd", "aad", "joint") and self.experiment.monitor.every > 0
 
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run continues."""
