@@ -15,13 +15,16 @@ from typing import Any
 
 from aad1.presets import preset
 from aad1.presets.ablations import PENALTIES
+from aad1.stages.pretrain import PretrainConfig
 from aad1.train.config import Experiment
 from aad1.train.record import to_plain
 
 GATE_SEED = 1000
 """Of the runs on which settings may be chosen; no arm has it."""
 TEACHER = "teacher-s0"
-GROUPS = ("teacher", "gate", "A and C", "2x2 and warm-up", "joint", "weights", "steps", "long")
+GROUPS = (
+    "teacher", "gate", "A and C", "2x2 and warm-up", "joint", "weights", "steps", "long", "doom"
+)  # fmt: skip
 """In the order in which they are run; all after the gate need it passed."""
 
 TITLES = {
@@ -45,6 +48,12 @@ TITLES = {
     "stage1_four_steps": "stage I, 4 steps",
     "stage2_four_steps": "stage II, 4 steps",
     "four_steps": "full method, 4 steps",
+    "doom_teacher": "doom: teacher, sampled in 24 steps from the real first frame",
+    "doom_stage1": "doom: stage I",
+    "doom_stage2": "doom: stage II",
+    "doom_A": "doom: causal, frame-wise discriminator",
+    "doom_C": "doom: the full method",
+    "doom_no_warmup": "doom: no DMD warm-up, equal generator updates",
     "long_rollout": "trained on rollouts of twice the length (exploratory)",
 }
 
@@ -62,6 +71,8 @@ class Arm:
     """Name of the run that it starts from."""
     label: str = ""
     """Of a trial of other settings."""
+    teacher: str = TEACHER
+    """Name of the run whose model is its teacher."""
     equal_compute: bool = False
     """Its number of updates is what takes as long as stages II and III of its seed."""
 
@@ -74,6 +85,11 @@ class Arm:
     @property
     def title(self) -> str:
         return TITLES[self.key]
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it is trained from scratch."""
+        return isinstance(self.experiment.stage, PretrainConfig)
 
     def placed(
         self, runs: Path, updates: int, teacher: Path | None, init: Path | None
@@ -100,8 +116,8 @@ def hashes(arms: list[Arm]) -> dict[str, str]:
         if name not in found:
             arm = by_name[name]
             text = json.dumps(arm.settings(), sort_keys=True)
-            if arm.key != "teacher":
-                text += of(TEACHER) + of(arm.parent)
+            if not arm.is_teacher:
+                text += of(arm.teacher) + of(arm.parent)
             found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return found[name]
 
@@ -110,9 +126,37 @@ def hashes(arms: list[Arm]) -> dict[str, str]:
     return found
 
 
+DOOM_UPDATES = 120
+"""Of stage III on doom: an earlier run was best between 100 and 150 (docs/log.md)."""
+DOOM_SEEDS = 2
+
+
 def plan(prefix: str = "evidence", first: int = 4, rest: int = 3) -> list[Arm]:
-    """All runs in order. first: seeds of A to D and no warm-up; rest: seeds of all others."""
-    return list(_plan(prefix, first, rest))
+    """All runs in order. first: seeds of A to D and no warm-up; rest: seeds of all others.
+
+    The external check on the game world comes last, and is not part of the tiny plan.
+    """
+    return [*_plan(prefix, first, rest), *(_doom() if prefix == "evidence" else ())]
+
+
+def _doom() -> Iterator[Arm]:
+    """The headline arms on recorded clips, at settings found before any of them was run."""
+
+    def arm(key: str, seed: int, run: str, parent: str = "", updates: int = 0) -> Arm:
+        e = replace(preset(f"doom-{run}"), checkpoint_every=100_000)
+        if updates:
+            e = replace(e, optim=replace(e.optim, updates=updates))
+        return Arm(key=f"doom_{key}", seed=seed, group="doom", experiment=e, parent=parent,
+                   teacher="doom_teacher-s0")  # fmt: skip
+
+    warmup = preset("doom-dmd").optim.updates
+    yield arm("teacher", 0, "teacher")
+    yield arm("stage1", 0, "ode", "doom_teacher-s0")
+    for seed in range(DOOM_SEEDS):
+        yield arm("stage2", seed, "dmd", "doom_stage1-s0")
+        yield arm("A", seed, "aad-causal_frame", f"doom_stage2-s{seed}", DOOM_UPDATES)
+        yield arm("C", seed, "aad", f"doom_stage2-s{seed}", DOOM_UPDATES)
+        yield arm("no_warmup", seed, "aad-no_warmup", "doom_stage1-s0", DOOM_UPDATES + warmup)
 
 
 def _plan(prefix: str, first: int, rest: int) -> Iterator[Arm]:

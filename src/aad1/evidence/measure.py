@@ -7,7 +7,7 @@ one of its number, so generated videos are set beside their true continuations a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,26 +15,43 @@ import torch
 from torch import Tensor
 
 from aad1.core.chunks import ChunkGeometry
-from aad1.evaluate.compare import DRIFT, METRICS, MOTION, QUALITY, Metric, Reference, compare
+from aad1.data.batch import Clips
+from aad1.data.shards import ClipShards
+from aad1.errors import UserError
+from aad1.evaluate.compare import (
+    CONSISTENCY,
+    DRIFT,
+    METRICS,
+    MOTION,
+    QUALITY,
+    Metric,
+    Reference,
+    compare,
+)
 from aad1.evaluate.corruptions import drift_contrast
+from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.measure import Measured, measure
+from aad1.evaluate.networks import Networks, for_world
 from aad1.evaluation.oracle_figures import obedience, pan_speed, true_pan_deviation
 from aad1.models.codec import Codec
 from aad1.pipeline import Pipeline
 from aad1.rollout.stream import seeded_noise
 from aad1.rollout.teacher import sample
 from aad1.stages.base import Conditioner
-from aad1.train.config import TrajectoryConfig
-from aad1.train.sources import key
+from aad1.train.config import LatentData, TrajectoryConfig
+from aad1.train.sources import key, open_world
 from aad1.worlds.sprites import SpritesConfig, SpritesState, draw
 
 FPS = 4.0
+WATCHED = 64
+"""Held-out clips of a recorded world that the collapse monitor shows in training."""
 SHOWN = 16
 """Samples that are kept to look at: the first ones."""
 TEST, VALIDATION = "evidence test", "evidence validation"
 Figures = dict[str, dict[str, float | None]]
-SHORT = (*MOTION, *QUALITY)
-LONG = (*(METRICS[n] for n in ("M", "late_M", "S", "FDtd", "FDnss_late", "niqe")), *DRIFT)
+SHORT = (*MOTION, *QUALITY, *CONSISTENCY)
+LONG = (*(METRICS[n] for n in ("M", "late_M", "S", "FDtd", "FDnss_late", "niqe")), *CONSISTENCY,
+        *DRIFT)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,69 +77,130 @@ TINY = Sizes(
 )  # fmt: skip
 
 
+Draw = Callable[[str, str], Tensor]
+"""("short", "long" or "longest", "clip" or "other") -> the videos again, uint8 [N, T, H, W, 3]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Real:
     """Real clips of one set of seeds, measured once."""
 
-    config: SpritesConfig
+    fps: float
     video: Tensor
     """uint8 [N, T, H, W, 3]: the true continuations of the first frames."""
     captions: list[list[str]]
-    state: SpritesState
-    short: Reference
-    short_other: Measured
-    long: Reference
-    long_other: Measured
-    longest: Reference
-    longest_other: Measured
+    first: Tensor | None
+    """Latents of the first frames [N, C, 1, h, w], if they are not those of the video's."""
+    sets: Mapping[str, tuple[Reference, Measured]]
+    """"short", and "long" and "longest" where clips may have any length: (reference, others for
+    the floor)."""
+    draw: Draw
+    state: SpritesState | None = None
+    """What truly happens, on the drawn world."""
+    networks: Networks | None = None
 
-    def at(self, name: str) -> tuple[Reference, Measured]:
-        """(reference, others for the floor) of "short", "long" or "longest"."""
-        reference, other = getattr(self, name), getattr(self, f"{name}_other")
-        assert isinstance(reference, Reference) and isinstance(other, Measured)
-        return reference, other
+    @property
+    def frames(self) -> int:
+        """Of a short video."""
+        return self.video.shape[1]
+
+    def images(self, pipe: Pipeline, rows: list[int]) -> Tensor:
+        """Latents of first frames."""
+        if self.first is not None:
+            return self.first[rows].to(pipe.device)
+        return pipe.codec.encode(self.video[rows, :1].to(pipe.device))
 
 
 def _keys(count: int, name: str = "clip") -> list[str]:
     return [f"{name} {i}" for i in range(count)]
 
 
-def real_clips(
+def drawn_clips(
     config: SpritesConfig, sizes: Sizes, which: str, folder: Path, device: torch.device
 ) -> Real:
-    """Draws and measures the real clips; what was measured is kept in the folder.
+    """Draws and measures clips of the drawn world; what was measured is kept in the folder.
 
     which: `TEST` or `VALIDATION`.
     """
-    seeds = [key(which, part) >> 2 for part in ("reference", "other")]
-    clips, state = draw(config, sizes.clips, seed=seeds[0], device=device)
-    tables: dict[str, Measured] = {}
-    for name, count, frames in (
-        ("short", sizes.clips, config.frames),
-        ("long", sizes.long_clips, sizes.long_frames),
-        ("longest", sizes.longest_clips, sizes.longest_frames),
-    ):
-        long_config = replace(config, frames=frames)
-        for part, seed in zip(("clip", "other"), seeds, strict=True):
-            label = f"{name}-{part}"
-            path = folder / f"{key(which, label, long_config, count):016x}-{label}.safetensors"
+    seeds = {part: key(which, part) >> 2 for part in ("clip", "other")}
+    shapes = {
+        "short": (sizes.clips, config.frames),
+        "long": (sizes.long_clips, sizes.long_frames),
+        "longest": (sizes.longest_clips, sizes.longest_frames),
+    }
+
+    def drawn(name: str, part: str) -> tuple[Clips, SpritesState]:
+        count, frames = shapes[name]
+        return draw(replace(config, frames=frames), count, seed=seeds[part], device=device)
+
+    networks = for_world("sprites", device)
+    eyes = networks.fingerprint() if networks else ""
+    tables: dict[tuple[str, str], Measured] = {}
+    for name in shapes:
+        for part in seeds:
+            identity = key(which, name, part, config, shapes[name], eyes)
+            path = folder / f"{identity:016x}-{name}-{part}.safetensors"
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                drawn, _ = draw(long_config, count, seed=seed, device=device)
-                prompts = [captions[-1] for captions in drawn.captions]
-                measure(drawn.video, fps=FPS, keys=_keys(count, part), prompts=prompts).save(path)
+                clips, _ = drawn(name, part)
+                measure(
+                    clips.video, fps=FPS, keys=_keys(len(clips.video), part),
+                    prompts=[c[-1] for c in clips.captions], networks=networks,
+                ).save(path)  # fmt: skip
             # Also when just measured: what is kept has fewer digits, and all runs read the same.
-            tables[label] = Measured.load(path)
-    short = Reference.of(tables["short-clip"])
+            tables[name, part] = Measured.load(path)
+    short = Reference.of(tables["short", "clip"])
+    sets = {
+        name: (
+            short if name == "short" else Reference.of(tables[name, "clip"], short.frames),
+            tables[name, "other"],
+        )
+        for name in shapes
+    }
+    clips, state = drawn("short", "clip")
+    return Real(
+        fps=FPS, video=clips.video, captions=clips.captions, first=None, sets=sets, state=state,
+        networks=networks, draw=lambda name, part: drawn(name, part)[0].video,
+    )  # fmt: skip
 
-    def fitted(name: str) -> Reference:
-        return Reference.of(tables[f"{name}-clip"], short.frames)
+
+def recorded_clips(data: LatentData, sizes: Sizes, device: torch.device) -> Real:
+    """Held-out clips of a recorded world as its codec shows them, half of them for the floor.
+
+    The collapse monitor watches the first 64, so these are left out. UserError if too few are left.
+    """
+    world = open_world(data, 0, device)
+    shards = ClipShards(data.heldout)
+    count = min(sizes.clips, (len(shards) - WATCHED) // 2)
+    if count < LEAST_VIDEOS:
+        raise UserError(
+            f"{data.heldout} holds {len(shards)} clips, {WATCHED + 2 * LEAST_VIDEOS} are needed"
+        )
+    networks = for_world(data.name, device)
+
+    def rows(part: str) -> range:
+        begin = WATCHED + (count if part == "other" else 0)
+        return range(begin, begin + count)
+
+    def latents(part: str) -> Tensor:
+        return shards.tensors(rows(part)).to(device).float()
+
+    def videos(name: str, part: str) -> Tensor:
+        assert name == "short", "recorded clips have one length"
+        return torch.cat([world.codec.decode(some) for some in latents(part).split(16)])
+
+    def measured(part: str) -> Measured:
+        prompts = [shards.captions[i][-1] for i in rows(part)]
+        return measure(
+            videos("short", part), fps=data.fps, keys=_keys(count, part), prompts=prompts,
+            networks=networks,
+        )  # fmt: skip
 
     return Real(
-        config=config, video=clips.video, captions=clips.captions, state=state,
-        short=short, short_other=tables["short-other"],
-        long=fitted("long"), long_other=tables["long-other"],
-        longest=fitted("longest"), longest_other=tables["longest-other"],
+        fps=data.fps, video=videos("short", "clip"),
+        captions=[shards.captions[i] for i in rows("clip")], first=latents("clip")[:, :, :1],
+        sets={"short": (Reference.of(measured("clip")), measured("other"))}, draw=videos,
+        networks=networks,
     )  # fmt: skip
 
 
@@ -130,10 +208,11 @@ def figures_of(
     video: Tensor, real: Real, name: str, metrics: Sequence[Metric] = (), names: str = "clip"
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     """(values, reasons of those missing) of videos set beside real ones of their length."""
-    reference, _ = real.at(name)
+    reference, _ = real.sets[name]
     chosen = metrics or (SHORT if name == "short" else LONG)
     prompts = [captions[-1] for captions in real.captions[: len(video)]]
-    made = measure(video, fps=FPS, keys=_keys(len(video), names), prompts=prompts)
+    keys = _keys(len(video), names)
+    made = measure(video, fps=real.fps, keys=keys, prompts=prompts, networks=real.networks)
     found = compare(made, reference, None, chosen, resamples=0)
     values = {metric: figure.value for metric, figure in found.items()}
     return values, {m: figure.reason for m, figure in found.items() if figure.reason}
@@ -152,17 +231,17 @@ class Sampler:
         """uint8 [N, frames, H, W, 3] on the model's device, one for each number of a clip."""
         pipe, real = self.pipe, self.real
         seeds = list(numbers) if seeds is None else list(seeds)
-        chunks = pipe.info.geometry.chunks(frames) - 1
+        latent_frames = 1 + (frames - 1) // pipe.codec.temporal_stride
+        chunks = pipe.info.geometry.chunks(latent_frames) - 1
         parts = []
         with _autocast(pipe):
             for index in torch.arange(len(numbers)).split(self.together):
                 rows = [numbers[i] for i in index.tolist()]
-                images = pipe.codec.encode(real.video[rows, :1].to(pipe.device))
                 captions = [real.captions[i] for i in rows]
                 latents = pipe.generate_latents(
-                    images, captions, [seeds[i] for i in index.tolist()], chunks
+                    real.images(pipe, rows), captions, [seeds[i] for i in index.tolist()], chunks
                 )
-                parts.append(pipe.codec.decode(latents))
+                parts += [pipe.codec.decode(some) for some in latents.split(16)]
         return torch.cat(parts)
 
 
@@ -181,13 +260,19 @@ def evaluate_student(
         figures[name], missing = figures_of(video, real, name)
         reasons.update({f"{name}/{metric}": why for metric, why in missing.items()})
 
-    short = sampler.videos(range(sizes.clips), real.config.frames)
+    short = sampler.videos(range(len(real.video)), real.frames)
     judge("short", short)
-    judge("long", sampler.videos(range(sizes.long_clips), sizes.long_frames))
-    if longest:
+    if "long" in real.sets:
+        judge("long", sampler.videos(range(sizes.long_clips), sizes.long_frames))
+    else:  # real clips are short: the last quarter of rollouts four times as long
+        numbers = range(min(sizes.long_clips, len(real.video)))
+        long = sampler.videos(numbers, 4 * (real.frames - 1) + 1)
+        figures["last"], _ = figures_of(long[:, -real.frames :], real, "short")
+    if longest and "longest" in real.sets:
         judge("longest", sampler.videos(range(sizes.longest_clips), sizes.longest_frames))
-    figures["oracle"] = oracle(short[: sizes.told], real)
-    figures["diversity"] = _diversity(sampler, real, sizes)
+    if real.state is not None:
+        figures["oracle"] = oracle(short[: sizes.told], real)
+        figures["diversity"] = _diversity(sampler, real, real.state, sizes)
     return figures, reasons, short[:SHOWN].cpu()
 
 
@@ -198,15 +283,17 @@ def oracle(video: Tensor, real: Real) -> dict[str, float | None]:
     return {name: sum(hits) / len(hits) if hits else None for name, hits in found.items()}
 
 
-def _diversity(sampler: Sampler, real: Real, sizes: Sizes) -> dict[str, float | None]:
+def _diversity(
+    sampler: Sampler, real: Real, state: SpritesState, sizes: Sizes
+) -> dict[str, float | None]:
     """Deviation of the camera's speed between samples of one prompt, over the true one."""
     pans = [i for i, c in enumerate(real.captions) if "pans" in c[-1]][: sizes.repeated]
-    deviation = true_pan_deviation(real.state)
+    deviation = true_pan_deviation(state)
     if not pans or not deviation > 0:
         return {"camera": None}
     numbers = [i for i in pans for _ in range(sizes.samples)]
     seeds = [10_000 + k for k in range(len(numbers))]
-    video = sampler.videos(numbers, real.config.frames, seeds)
+    video = sampler.videos(numbers, real.frames, seeds)
     speed = torch.stack([pan_speed(v) for v in video]).view(len(pans), -1)
     return {"camera": float(speed.std(dim=1).mean() / deviation)}
 
@@ -221,7 +308,7 @@ def evaluate_teacher(
     rng = torch.Generator(device=pipe.device).manual_seed(0)
     conditioner = Conditioner(pipe.text, geometry)
     with _autocast(pipe):
-        for rows in torch.arange(sizes.clips).split(sizes.together):
+        for rows in torch.arange(len(real.video)).split(sizes.together):
             clips = real.video[rows.to(real.video.device)].to(pipe.device)
             latents = codec.encode(clips)
             text = conditioner([real.captions[i] for i in rows.tolist()], latents.shape[2])
@@ -229,42 +316,38 @@ def evaluate_teacher(
             x0, _ = sample(
                 pipe.transformer, noise, text, torch.zeros_like(text), steps=how.steps,
                 shift=how.shift, guidance_scale=how.guidance_scale,
-                image=latents[:, :, :1] if how.from_image else None,
+                image=real.images(pipe, rows.tolist()) if how.from_image else None,
             )  # fmt: skip
-            parts.append(codec.decode(x0))
+            parts += [codec.decode(some) for some in x0.split(16)]
     video = torch.cat(parts)
     short, missing = figures_of(video, real, "short")
-    told = {"short": short, "oracle": oracle(video[: sizes.told], real)}
+    told = {"short": short}
+    if real.state is not None:
+        told["oracle"] = oracle(video[: sizes.told], real)
     return told, {f"short/{m}": why for m, why in missing.items()}, video[:SHOWN].cpu()
 
 
-def controls(real: Real, sizes: Sizes, device: torch.device, which: str) -> dict[str, Figures]:
+def controls(real: Real, sizes: Sizes) -> dict[str, Figures]:
     """What needs no model, by name: other real clips, first frames held still, fading contrast."""
     out: dict[str, Figures] = {"real": {}, "static": {}, "drift-contrast": {}}
-    seed = key(which, "other") >> 2
-    for name, count, frames in (
-        ("short", sizes.clips, real.config.frames),
-        ("long", sizes.long_clips, sizes.long_frames),
-        ("longest", sizes.longest_clips, sizes.longest_frames),
-    ):
-        reference, other = real.at(name)
+    for name, (reference, other) in real.sets.items():
         metrics = SHORT if name == "short" else LONG
         floor = compare(other, reference, None, metrics, resamples=0)
         out["real"][name] = {metric: figure.value for metric, figure in floor.items()}
-        still = real.video[:count, :1].expand(-1, frames, -1, -1, -1)
+        frames = reference.videos.frames
+        still = real.video[: len(reference.videos), :1].expand(-1, frames, -1, -1, -1)
         out["static"][name] = figures_of(still, real, name)[0]
-        drawn, _ = draw(replace(real.config, frames=frames), count, seed=seed, device=device)
-        faded = drift_contrast(drawn.video)
+        faded = drift_contrast(real.draw(name, "other"))
         out["drift-contrast"][name] = figures_of(faded, real, name, names="other")[0]
-    out["real"]["oracle"] = oracle(real.video[: sizes.told], real)
+    if real.state is not None:
+        out["real"]["oracle"] = oracle(real.video[: sizes.told], real)
     return out
 
 
 @torch.no_grad()
 def seconds_per_chunk(pipe: Pipeline, real: Real, chunks: int = 12) -> float:
     """Median time of one chunk of one stream, its cache pass included, decoding not."""
-    image = pipe.codec.encode(real.video[:1, :1].to(pipe.device))
-    captions = real.captions[:1]
+    image, captions = real.images(pipe, [0]), real.captions[:1]
     with _autocast(pipe):
         text = pipe.text([captions[0][-1]]).to(pipe.device)
         shape = (image.shape[1], image.shape[3], image.shape[4])

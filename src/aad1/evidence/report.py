@@ -29,6 +29,10 @@ COLUMNS = (
     ("FDnss late", "short", "FDnss_late"), ("M, 20 s", "long", "M"),
     ("drift ratio, 20 s", "long", "drift_ratio_2s"), ("signed drift, 20 s", "long", "signed_drift"),
 )  # fmt: skip
+DOOM_COLUMNS = (
+    *COLUMNS[:6], ("M, 15 to 20 s", "last", "M"), ("FDtd, 15 to 20 s", "last", "FDtd"),
+    ("FDnss late, 15 to 20 s", "last", "FDnss_late"),
+)  # fmt: skip
 CONTROLS = (("other real clips", "real"), ("first frame held still", "static"),
             ("contrast fades", "drift-contrast"))  # fmt: skip
 CURVES = (("M", "Motion ratio M"), ("heldout_gap", "Logit gap on held-out clips"),
@@ -79,7 +83,7 @@ def text(records: Mapping[str, Record], folder: Path, beside: Path, prefix: str)
     place = folder.relative_to(beside).as_posix()
     parts = [HEAD, _state(records, prefix), _verdicts(found), _gate(folder), _controls(records)]
     parts += [_claim(claim, found[claim.name], results) for claim in CLAIMS]
-    parts += [_stages(results), _long(results), _external(), _curves(records, place)]
+    parts += [_stages(results), _long(results), _external(results), _curves(records, place)]
     parts += [_samples(records, place), _runs(records)]
     return "\n".join(part for part in parts if part)
 
@@ -171,23 +175,25 @@ def _claim(claim: Claim, own: Verdict, results: Results) -> str:
     return "\n".join(parts)
 
 
-def arm_table(arms: Sequence[str], results: Results) -> str:
+def arm_table(
+    arms: Sequence[str], results: Results, columns: Sequence[tuple[str, str, str]] = COLUMNS
+) -> str:
     """One row per finished seed and one with the arm's mean and interval."""
     rows = []
     for arm in arms:
         runs = results.of(arm)
         for seed, record in sorted(runs.items()):
-            values = (record.value(videos, name) for _, videos, name in COLUMNS)
+            values = (record.value(videos, name) for _, videos, name in columns)
             told = [_value(v) for v in values] if record.status == DONE else [record.status]
-            told += ["-"] * (len(COLUMNS) - len(told))
+            told += ["-"] * (len(columns) - len(told))
             rows.append([f"{arm}, seed {seed}", *told])
         if len(runs) > 1:
-            means = (mean_effect(results.figure(arm, name, v)) for _, v, name in COLUMNS)
+            means = (mean_effect(results.figure(arm, name, v)) for _, v, name in columns)
             rows.append([f"**{arm}**", *("-" if m is None else _effect(m) for m in means)])
     if not rows:
         return ""
     named = ", ".join(f"{arm}: {TITLES[arm]}" for arm in arms)
-    return _table(["", *(label for label, _, _ in COLUMNS)], rows) + f"\n{named}.\n"
+    return _table(["", *(label for label, _, _ in columns)], rows) + f"\n{named}.\n"
 
 
 def _stages(results: Results) -> str:
@@ -215,11 +221,14 @@ def _long(results: Results) -> str:
     return head + _table(["Ratio", "[95%]", "seeds"], rows)
 
 
-def _external() -> str:
-    return (
-        "## On the game world\n\nThe headline arms (A, C, no warm-up) on doom are not run yet; "
-        "their presets are `doom-aad-causal_frame`, `doom-aad` and `doom-aad-no_warmup`.\n"
+def _external(results: Results) -> str:
+    head = (
+        "## On the game world\n\nThe headline arms on doom, against real clips as the codec shows "
+        "them; the last 5 s of rollouts of 20 s beside the first 5.\n\n"
     )
+    arms = ("doom_teacher", "doom_stage1", "doom_stage2", "doom_A", "doom_C", "doom_no_warmup")
+    table = arm_table(arms, results, DOOM_COLUMNS)
+    return head + (table or "Not run yet.\n")
 
 
 # ---- plots and pictures -------------------------------------------------------------------------

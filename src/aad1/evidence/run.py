@@ -31,9 +31,10 @@ from aad1.evidence.measure import (
     Real,
     Sizes,
     controls,
+    drawn_clips,
     evaluate_student,
     evaluate_teacher,
-    real_clips,
+    recorded_clips,
     seconds_per_chunk,
     summary,
 )
@@ -50,7 +51,7 @@ from aad1.evidence.results import (
 from aad1.media import contact_sheet
 from aad1.pipeline import Pipeline
 from aad1.train.blocks import plain_blocks
-from aad1.train.config import SpritesData
+from aad1.train.config import LatentData, SpritesData
 from aad1.train.loop import NonFinite
 from aad1.train.run import STAGE_NAMES, Run
 
@@ -149,15 +150,20 @@ class Runner:
 
         return pick_device(self.settings.device)
 
-    def real(self, which: str) -> Real:
+    def real(self, which: str, arm: Arm) -> Real:
         """The clips that models are judged on."""
-        if which not in self._real:
-            data = self.arms[0].experiment.data
-            assert isinstance(data, SpritesData)
-            self._real[which] = real_clips(
-                data.world, self.settings.sizes, which, self.settings.work / "real", self.device
-            )
-        return self._real[which]
+        data = arm.experiment.data
+        name = f"{which}, {type(data).__name__}"
+        if name not in self._real:
+            sizes = self.settings.sizes
+            if isinstance(data, SpritesData):
+                folder = self.settings.work / "real"
+                found = drawn_clips(data.world, sizes, which, folder, self.device)
+            else:
+                assert isinstance(data, LatentData)
+                found = recorded_clips(data, sizes, self.device)
+            self._real[name] = found
+        return self._real[name]
 
     @cached_property
     def _real(self) -> dict[str, Real]:
@@ -175,6 +181,10 @@ class Runner:
                     continue
                 if not self._may(arm, records):
                     break
+                lacking = missing_data(arm)
+                if lacking:
+                    say(f"{arm.name}: no data ({lacking} is missing)")
+                    continue
                 updates = self._updates(arm, records)
                 if updates is None:
                     say(f"{arm.name}: waits for the runs that its compute is to equal")
@@ -269,9 +279,9 @@ class Runner:
     def _missing(self, arm: Arm) -> list[Arm]:
         """Runs whose weights it needs and that are not there, the first one first."""
         out: list[Arm] = []
-        if arm.key == "teacher":
+        if arm.is_teacher:
             return out
-        for name in (arm.parent, TEACHER):
+        for name in (arm.parent, arm.teacher):
             if not self._model(name).is_dir():
                 parent = self.all[name]
                 out += [m for m in (*self._missing(parent), parent) if m not in out]
@@ -300,8 +310,8 @@ class Runner:
         )
         folder = self.runs / arm.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
-        teacher = None if arm.key == "teacher" else self._model(TEACHER)
-        init = self._model(arm.parent) if arm.parent and arm.parent != TEACHER else None
+        teacher = None if arm.is_teacher else self._model(arm.teacher)
+        init = self._model(arm.parent) if arm.parent not in ("", arm.teacher) else None
         e = replace(arm.placed(self.runs, updates, teacher, init), device=self.settings.device)
         if not self.settings.compile:
             e = replace(e, compile=False)
@@ -337,7 +347,7 @@ class Runner:
         if not written:
             record.save(self.settings.results)
         shutil.rmtree(folder, ignore_errors=True)
-        if arm.key.startswith("stage1"):  # trajectories are large, and made for one run
+        if "stage1" in arm.key:  # trajectories are large, and made for one run
             shutil.rmtree(self.runs / "trajectories", ignore_errors=True)
         gc.collect()
         if self.device.type == "cuda":
@@ -354,20 +364,21 @@ class Runner:
         pipe = Pipeline.from_pretrained(self._model(arm.name), device=self.device, fast=False)
         sizes, facts = self.settings.sizes, {}
         which = VALIDATION if arm.group == "gate" else TEST
-        if arm.key == "teacher":
+        real = self.real(which, arm)
+        if arm.is_teacher:
             figures, reasons, shown = self._teacher(arm, pipe)
-            self._controls()
+            self._controls(arm)
         else:
             figures, reasons, shown = evaluate_student(
-                pipe, self.real(which), sizes, longest=arm.key in LONGEST
+                pipe, real, sizes, longest=arm.key in LONGEST
             )
-            facts["seconds_per_chunk"] = seconds_per_chunk(pipe, self.real(which))
+            facts["seconds_per_chunk"] = seconds_per_chunk(pipe, real)
         if not self._is_parent(arm):
             shutil.rmtree(self._model(arm.name))
         sheet = ""
         if arm.seed == 0 or arm.group == "gate":
             sheet = f"{arm.name}.jpg"
-            captions = [c[-1] for c in self.real(which).captions[: len(shown)]]
+            captions = [c[-1] for c in real.captions[: len(shown)]]
             picture = contact_sheet(list(shown), captions, columns=6).convert("RGB")
             with replace_file(self.settings.results / sheet) as temporary:
                 picture.save(temporary, "JPEG", quality=80)
@@ -380,22 +391,25 @@ class Runner:
     def _teacher(self, arm: Arm, pipe: Pipeline) -> Any:
         e, sizes = arm.experiment, self.settings.sizes
         told = {
-            which: evaluate_teacher(pipe, self.real(which), sizes, e.trajectories, e.geometry)
-            for which in (TEST, VALIDATION)
+            which: evaluate_teacher(pipe, self.real(which, arm), sizes, e.trajectories, e.geometry)
+            for which in ((TEST, VALIDATION) if arm.name == TEACHER else (TEST,))
         }
         figures, reasons, shown = told[TEST]
-        figures["validation"] = told[VALIDATION][0]["short"]
+        if VALIDATION in told:
+            figures["validation"] = told[VALIDATION][0]["short"]
         return figures, reasons, shown
 
-    def _controls(self) -> None:
-        """Written once, with the teacher."""
-        found = controls(self.real(TEST), self.settings.sizes, self.device, TEST)
-        figures = {f"{name}/{videos}": values for name, sets in found.items()
+    def _controls(self, arm: Arm) -> None:
+        """Written once for each world, with its teacher."""
+        name = "controls" if arm.name == TEACHER else "doom_controls"
+        found = controls(self.real(TEST, arm), self.settings.sizes)
+        figures = {f"{control}/{videos}": values for control, sets in found.items()
                    for videos, values in sets.items()}  # fmt: skip
-        floor = controls(self.real(VALIDATION), self.settings.sizes, self.device, VALIDATION)
-        figures["validation real/short"] = floor["real"]["short"]
+        if arm.name == TEACHER:
+            floor = controls(self.real(VALIDATION, arm), self.settings.sizes)
+            figures["validation real/short"] = floor["real"]["short"]
         Record(
-            name="controls-s0", arm="controls", title="what needs no model", group="teacher",
+            name=f"{name}-s0", arm=name, title="what needs no model", group="teacher",
             seed=0, status=DONE, device=self._device_name(), torch=torch.__version__,
             commit=self.commit, source_hash=self.source, figures=rounded(figures),
         ).save(self.settings.results)  # fmt: skip
@@ -412,6 +426,13 @@ class Runner:
         if self.settings.ignore_gate:
             return f"ignored: {self.settings.ignore_gate}"
         return "passed"
+
+
+def missing_data(arm: Arm) -> str:
+    """The first folder that a run on a recorded world lacks, or nothing."""
+    data = arm.experiment.data
+    folders = (data.train, data.heldout, data.codec) if isinstance(data, LatentData) else ()
+    return next((str(folder) for folder in folders if not folder.is_dir()), "")
 
 
 def curves(folder: Path) -> dict[str, list[list[float]]]:

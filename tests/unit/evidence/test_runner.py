@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from aad1.data.shards import ClipShards, shard_name, write_manifest, write_shard
+from aad1.errors import UserError
 from aad1.evidence import gate, run
 from aad1.evidence.__main__ import main
 from aad1.evidence.arms import Arm, plan
-from aad1.evidence.measure import TINY
+from aad1.evidence.measure import TINY, controls, evaluate_student, recorded_clips
 from aad1.evidence.results import Record, load, load_all
-from aad1.evidence.run import Runner, Settings, curves, thinned
+from aad1.evidence.run import Runner, Settings, curves, missing_data, thinned
+from aad1.models.codec import PixelCodec
+from aad1.train.config import LatentData
 from aad1.train.loop import NonFinite
+from aad1.worlds.sprites import SpritesConfig, draw
 
 SOURCE = Path(__file__).parents[3] / "src"
 ARMS = ("teacher-s0", "stage1-s0", "gate-stage2-s1000", "gate-C-s1000", "stage2-s0", "A-s0", "C-s0")
@@ -225,8 +231,6 @@ def test_no_arm_runs_before_the_gate(
         changed[number], experiment=replace(e, optim=replace(e.optim, lr=3e-4))
     )
     other = Runner([changed[number]], closed.settings, changed)
-    from aad1.errors import UserError
-
     with pytest.raises(UserError, match="stage2-s0 was run with those"):
         other.run()
     (root / "results" / "stage2-s0.json").unlink()
@@ -279,3 +283,57 @@ def test_torch_is_left_as_it_was(done: Path) -> None:
     assert Block.forward is not plain
     plain_blocks()
     assert Block.forward is plain and not torch.is_autocast_enabled("cpu")
+
+
+def latent_world(root: Path) -> LatentData:
+    """Encoded clips of sprites in the place of doom's: 100 held-out ones."""
+    codec = PixelCodec(4)
+    codec.save_pretrained(root / "codec")
+    for split, count in (("train", 4), ("heldout", 100)):
+        clips, _ = draw(SpritesConfig(size=16, frames=9), count, seed=len(split))
+        latents = codec.encode(clips.video).half().numpy()
+        write_shard(root / split / shard_name(0), latents, clips.captions, tensor="latents")
+        write_manifest(root / split, world="doom", split=split, seed=0, config={},
+                       tensor="latents", shards=[(shard_name(0), count)])  # fmt: skip
+    return LatentData(train=root / "train", heldout=root / "heldout", codec=root / "codec")
+
+
+def test_recorded_clips_are_judged_too(tmp_path: Path, tiny_pipeline: Callable[..., Any]) -> None:
+    data = latent_world(tmp_path)
+    real = recorded_clips(data, TINY, torch.device("cpu"))
+    assert len(real.video) == 16 and real.state is None and real.frames == 9
+    shards = ClipShards(data.heldout)
+    # Those that the monitor watches are left out, and the floor's are others.
+    torch.testing.assert_close(real.first, shards.tensors(range(64, 80)).float()[:, :, :1])
+    assert torch.equal(real.draw("short", "clip"), real.video)
+    assert not torch.equal(real.draw("short", "other"), real.video)
+    pipe = tiny_pipeline()
+    pipe.text = Words()
+    figures, reasons, shown = evaluate_student(pipe, real, TINY, longest=True)
+    assert figures.keys() == {"short", "last"} and len(shown) == 16
+    assert figures["short"]["M"] is not None and figures["last"]["M"] is not None
+    assert "sees more than 9 frames" in reasons["short/FD_motion"]
+    found = controls(real, TINY)
+    assert found["static"]["short"]["M"] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(UserError, match="96 are needed"):
+        recorded_clips(replace(data, heldout=data.train), TINY, torch.device("cpu"))
+
+
+class Words:
+    dim = 8
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        return torch.stack([torch.full((4, 8), len(p) / 40) for p in prompts])
+
+
+def test_runs_without_their_data_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arms = [arm for arm in plan() if arm.group == "doom"]
+    assert all(missing_data(arm) == "out/data/doom-latents" for arm in arms)
+    settings = Settings(
+        work=tmp_path / "work", results=tmp_path / "results", ignore_gate="a test", device="cpu"
+    )
+    assert Runner(arms, settings).run() == 0
+    assert "doom_C-s1: no data" in capsys.readouterr().out
