@@ -7,7 +7,6 @@ real ones are kept as a small file instead of as videos.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.evaluate.frechet import temporal_features
 from aad1.evaluate.motion import check_videos, flow, grey, motion, quarter, warp
-from aad1.evaluate.networks import CONSISTENCY, Networks
+from aad1.evaluate.networks import Networks
 from aad1.evaluate.niqe import nss_features
 
 FORMAT = "aad1.measured.1"
@@ -64,7 +63,7 @@ class Measured:
     nss: Tensor
     """float64 [N, T, 14]: natural-scene statistics of every frame."""
     consistency: Tensor
-    """float64 [N, 4], see `networks.Networks.consistency`; NaN without networks."""
+    """float64 [N, 4], see `networks.Networks.consistency`; [N, 0] without networks."""
     motion: Tensor
     """float64 [N, windows, features] of the motion network; [N, 0, 0] without networks."""
 
@@ -123,7 +122,7 @@ _HALVES = ("nss", "motion")
 def _without_networks(number: int) -> dict[str, Tensor]:
     """What stands for the networks' figures where there are none."""
     return {
-        "consistency": torch.full((number, len(CONSISTENCY)), math.nan, dtype=torch.float64),
+        "consistency": torch.zeros(number, 0, dtype=torch.float64),
         "motion": torch.zeros(number, 0, 0, dtype=torch.float64),
     }
 

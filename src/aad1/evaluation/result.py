@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,8 +162,8 @@ def video_rows(section: Section) -> list[dict[str, str | float | None]]:
         "color_shift": videos.color_shift.tolist(),
         "niqe": scores[:, 1:].mean(dim=1).tolist(),
         **{
-            f"consistency_{name}": [None if math.isnan(v) else v for v in column.tolist()]
-            for name, column in zip(CONSISTENCY, videos.consistency.T, strict=True)
+            f"consistency_{name}": column.tolist()
+            for name, column in zip(CONSISTENCY, videos.consistency.T, strict=False)
         },
         "log_sharpness": videos.nss[:, 1:, NSS_NAMES.index("sharpness")].mean(dim=1).tolist(),
     }  # fmt: skip
