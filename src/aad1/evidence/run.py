@@ -3,7 +3,8 @@
     python -m aad1.evidence --minutes 25
 
 Needs torch, numpy, safetensors, pillow and pyyaml. Runs follow one another in one process. A run
-is a result once its JSON is there, which is written last; one that was cut off is done again.
+is a result once its JSON is there, which is written last. One that meets the time limit (or a
+signal) saves itself and goes on in the next call; one that was killed is done again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import gc
 import json
 import math
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +55,7 @@ from aad1.media import contact_sheet
 from aad1.pipeline import Pipeline
 from aad1.train.blocks import plain_blocks
 from aad1.train.config import LatentData, SpritesData
+from aad1.train.guard import Stopped
 from aad1.train.loop import NonFinite
 from aad1.train.run import STAGE_NAMES, Run
 
@@ -87,6 +91,13 @@ class Settings:
 
 BEFORE = ("teacher", "gate")
 """Groups during which settings may still change."""
+
+
+LONG_RUN = 240.0
+"""A run that takes longer than so many seconds may be begun although it will not end in time."""
+LEAST = 90.0
+"""Seconds that must be left for that."""
+CUT_OFF = "cut_off.json"
 
 
 class OutOfTime(Exception):
@@ -194,7 +205,7 @@ class Runner:
                 done += 1
                 if arm.key == "gate-C" and not arm.label:
                     self._gate(self.records())
-        except OutOfTime as error:
+        except (OutOfTime, Stopped) as error:
             say(str(error))
         say(f"{done} runs in {(time.monotonic() - self.began) / 60:.1f} minutes")
         return done
@@ -252,12 +263,16 @@ class Runner:
         )
 
     def _time_for(self, arm: Arm, updates: int, records: Mapping[str, Record]) -> None:
-        left = 60 * self.settings.minutes - (time.monotonic() - self.began)
+        left = self._left()
         needed = self.estimate(arm, updates, records)
         for parent in self._missing(arm):
             needed += self.estimate(parent, parent.experiment.optim.updates, records)
-        if left < needed:
+        if left < needed and (needed < LONG_RUN or left < LEAST):
             raise OutOfTime(f"{arm.name} needs about {needed:.0f} s, {max(left, 0):.0f} s are left")
+
+    def _left(self) -> float:
+        """Seconds until the time limit."""
+        return 60 * self.settings.minutes - (time.monotonic() - self.began)
 
     def estimate(self, arm: Arm, updates: int, records: Mapping[str, Record]) -> float:
         """Seconds that a run takes, from those timed before; a tenth more, for safety."""
@@ -309,7 +324,7 @@ class Runner:
             and before.settings_hash == self.hashes[arm.name]
         )
         folder = self.runs / arm.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+        earlier = self._cut_off(arm, folder)
         teacher = None if arm.is_teacher else self._model(arm.teacher)
         init = self._model(arm.parent) if arm.parent not in ("", arm.teacher) else None
         e = replace(arm.placed(self.runs, updates, teacher, init), device=self.settings.device)
@@ -318,15 +333,21 @@ class Runner:
         status, error = DONE, ""
         try:
             run = Run(e)
-            made = run.train()
+            with self._until_the_limit(run):
+                made = run.train()
+            # Should measuring be cut off, it is not trained again.
+            self._mark(arm, folder, earlier + time.monotonic() - began)
             self._keep(arm, made)
+        except Stopped:
+            self._mark(arm, folder, earlier + time.monotonic() - began)
+            raise
         except NonFinite as problem:
             status, error = DIVERGED, str(problem)
         except (UserError, RuntimeError, OSError, ValueError) as problem:
             status, error = FAILED, f"{type(problem).__name__}: {problem}"
         finally:
             plain_blocks()
-        trained = time.monotonic() - began
+        trained = earlier + time.monotonic() - began
         say(f"{arm.name}: {status} {error} after {trained:.0f} s of training")
         record = Record(
             name=arm.name, arm=arm.key, title=arm.title, group=arm.group, seed=arm.seed,
@@ -352,6 +373,43 @@ class Runner:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _mark(self, arm: Arm, folder: Path, seconds: float) -> None:
+        """Note that this run's folder can be gone on with."""
+        with replace_file(folder / CUT_OFF) as temporary:
+            temporary.write_text(json.dumps([self.hashes[arm.name], seconds]))
+
+    def _cut_off(self, arm: Arm, folder: Path) -> float:
+        """Seconds that a run which saved itself has taken; what cannot go on is removed."""
+        try:
+            identity, seconds = json.loads((folder / CUT_OFF).read_text())
+            if identity == self.hashes[arm.name]:
+                return float(seconds)
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0.0
+
+    @contextmanager
+    def _until_the_limit(self, run: Run) -> Iterator[None]:
+        """Asks the run to save itself while there is still time to measure a finished one."""
+        if math.isinf(self.settings.minutes):
+            yield
+            return
+
+        def ask() -> None:
+            run.stop.name = run.stop.name or "the time limit"
+
+        # As long as measuring has taken: `estimate` leaves as much.
+        measured = [r.evaluate_seconds for r in self.records().values() if r.evaluate_seconds]
+        reserve = 1.1 * max(measured) if measured else AROUND
+        timer = threading.Timer(max(1.0, self._left() - reserve), ask)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _keep(self, arm: Arm, made: Path) -> None:
         """The final model in half precision: what children start from and what is measured."""

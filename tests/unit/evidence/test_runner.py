@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from aad1.evidence.results import Record, load, load_all
 from aad1.evidence.run import Runner, Settings, curves, missing_data, thinned
 from aad1.models.codec import PixelCodec
 from aad1.train.config import LatentData
+from aad1.train.guard import StopFlag
 from aad1.train.loop import NonFinite
+from aad1.train.run import Run
 from aad1.worlds.sprites import SpritesConfig, draw
 
 SOURCE = Path(__file__).parents[3] / "src"
@@ -125,6 +128,78 @@ def test_time_runs_out_before_a_run_not_within_it(tmp_path: Path, done: Path) ->
     )  # fmt: skip
     arm = next(a for a in guess.arms if a.key == "A")
     assert guess.estimate(arm, 200, {"C-s0": timed}) == pytest.approx(1.1 * (100 + 10))
+
+
+def test_a_run_that_meets_the_limit_goes_on_to_the_same_weights(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(Run):
+        def _asked_to_stop(self) -> bool:
+            self.asked = getattr(self, "asked", 0) + 1
+            if self.asked == 3:
+                self.stop.name = "the time limit"
+            return super()._asked_to_stop()
+
+    monkeypatch.setattr(run, "Run", Interrupted)
+    one = runner(tmp_path, ARMS[:1])
+    assert one.run() == 0
+    assert "stopped by the time limit at update 2" in capsys.readouterr().out
+    assert not list((tmp_path / "results").iterdir())
+    marker = tmp_path / "work" / "runs" / "teacher-s0" / run.CUT_OFF
+    identity, seconds = json.loads(marker.read_text())
+    marker.write_text(json.dumps([identity, seconds + 1000]))
+    monkeypatch.undo()
+    assert runner(tmp_path, ARMS[:1]).run() == 1
+    record = load(tmp_path / "results" / "teacher-s0.json")
+    assert record.weights == load(done / "results" / "teacher-s0.json").weights
+    assert record.train_seconds > 1000
+
+
+def test_a_run_that_was_killed_while_measured_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(run, "evaluate_teacher", kill)
+    with pytest.raises(Killed):
+        runner(tmp_path, ARMS[:1]).run()
+    monkeypatch.undo()
+    log = (tmp_path / "work" / "runs" / "teacher-s0" / "log.jsonl").read_text()
+    monkeypatch.setattr("aad1.train.loop.Trainer.step", kill)
+    assert runner(tmp_path, ARMS[:1]).run() == 1
+    record = load(tmp_path / "results" / "teacher-s0.json")
+    assert record.status == "done" and record.train_seconds > 0.05
+    assert log.count('"train"') > 0
+
+
+def test_the_limit_is_told_to_the_run_in_time(tmp_path: Path) -> None:
+    one = runner(tmp_path, minutes=run.AROUND / 60)
+
+    class Asked:
+        stop = StopFlag()
+
+    with one._until_the_limit(Asked()):  # type: ignore[arg-type]
+        time.sleep(1.3)  # the timer waits a second at least
+    assert Asked.stop.name == "the time limit"
+    Asked.stop = StopFlag()
+    with runner(tmp_path)._until_the_limit(Asked()):  # type: ignore[arg-type]
+        pass
+    assert Asked.stop.name == ""
+
+
+def test_only_long_runs_begin_without_the_time_to_end(tmp_path: Path) -> None:
+    one = runner(tmp_path, minutes=2, known_seconds=True)
+    teacher = next(a for a in one.arms if a.key == "teacher")
+    one._time_for(teacher, 6000, {})
+    with pytest.raises(run.OutOfTime):
+        one._time_for(teacher, 1500, {})  # 165 s: better whole, next time
+    short = runner(tmp_path, minutes=1, known_seconds=True)
+    with pytest.raises(run.OutOfTime):
+        short._time_for(teacher, 6000, {})
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(
