@@ -7,7 +7,7 @@ have 3 to 5%; the bootstrap is for videos within one model (`evaluate.intervals`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LEVEL = 0.95
@@ -113,27 +113,6 @@ def paired_ratio(one: Mapping[int, float], other: Mapping[int, float]) -> Effect
         value=math.exp(found.value), low=math.exp(found.low), high=math.exp(found.high), p=found.p,
         null=1.0, seeds=found.seeds,
     )  # fmt: skip
-
-
-def welch(one: Sequence[float], other: Sequence[float]) -> Effect | None:
-    """Difference of means of unpaired seeds with Welch's interval; None for fewer than two."""
-    if min(len(one), len(other)) < 2:
-        return None
-    means, errors = [], []
-    for sample in (one, other):
-        mean = math.fsum(sample) / len(sample)
-        means.append(mean)
-        variance = math.fsum((v - mean) ** 2 for v in sample) / (len(sample) - 1)
-        errors.append(variance / len(sample))
-    value, total = means[0] - means[1], sum(errors)
-    if total == 0:
-        return Effect(value=value, low=value, high=value, p=float(value == 0), null=0.0, seeds=())
-    freedom = total**2 / sum(
-        e * e / (len(s) - 1) for e, s in zip(errors, (one, other), strict=True)
-    )
-    reach = t_quantile(freedom) * math.sqrt(total)
-    p = t_two_sided(value / math.sqrt(total), freedom)
-    return Effect(value=value, low=value - reach, high=value + reach, p=p, null=0.0, seeds=())
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

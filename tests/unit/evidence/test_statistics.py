@@ -15,7 +15,6 @@ from aad1.evidence.statistics import (
     paired_ratio,
     t_quantile,
     t_two_sided,
-    welch,
 )
 
 
@@ -65,20 +64,6 @@ def test_ratios_are_geometric() -> None:
     assert flipped is not None
     assert flipped.low == pytest.approx(1 / effect.high) and flipped.p == pytest.approx(effect.p)
     assert paired_ratio({0: 0.0, 1: 1.0}, {0: 1.0, 1: 1.0}) is None
-
-
-def test_welch() -> None:
-    # Equal variances of 2, means 1 and 6: errors of 1 each and 2 degrees of freedom.
-    effect = welch([0.0, 2.0], [5.0, 7.0])
-    assert effect is not None
-    assert effect.value == -5
-    assert effect.high - effect.value == pytest.approx(4.30265 * math.sqrt(2), abs=1e-3)
-    assert effect.p == pytest.approx(t_two_sided(5 / math.sqrt(2), 2))
-    # A sample without spread leaves the other's degrees of freedom.
-    lone = welch([1.0, 2.0, 3.0], [0.0, 0.0])
-    assert lone is not None
-    assert lone.high - lone.value == pytest.approx(4.30265 / math.sqrt(3), abs=1e-3)
-    assert welch([1.0], [1.0, 2.0]) is None
 
 
 def test_holm() -> None:
