@@ -33,6 +33,12 @@ DOOM_COLUMNS = (
     *COLUMNS[:6], ("M, 15 to 20 s", "last", "M"), ("FDtd, 15 to 20 s", "last", "FDtd"),
     ("FDnss late, 15 to 20 s", "last", "FDnss_late"),
 )  # fmt: skip
+S2_COLUMNS = (
+    *COLUMNS[:6], ("subject consistency", "short", "consistency_subject"),
+    ("background consistency", "short", "consistency_background"),
+    ("likeness to the first frame", "short", "consistency_first_frame"),
+    ("colours there late", "oracle", "colors"),
+)  # fmt: skip
 CONTROLS = (("other real clips", "real"), ("first frame held still", "static"),
             ("contrast fades", "drift-contrast"))  # fmt: skip
 CURVES = (("M", "Motion ratio M"), ("heldout_gap", "Logit gap on held-out clips"),
@@ -81,7 +87,8 @@ def text(records: Mapping[str, Record], folder: Path, beside: Path, prefix: str)
     """The page; beside: the folder that it lies in."""
     results, found = Results(records), judge(records)
     place = folder.relative_to(beside).as_posix()
-    parts = [HEAD, _state(records, prefix), _verdicts(found), _gate(folder), _controls(records)]
+    parts = [HEAD, _state(records, prefix), _verdicts(found, records), _gate(folder)]
+    parts.append(_controls(records))
     parts += [_claim(claim, found[claim.name], results) for claim in CLAIMS]
     parts += [_stages(results), _long(results), _external(results), _curves(records, place)]
     parts += [_samples(records, place), _runs(records)]
@@ -112,14 +119,20 @@ def _state(records: Mapping[str, Record], prefix: str) -> str:
     return state + ".**\n"
 
 
-def _verdicts(found: Mapping[str, Verdict]) -> str:
+def _verdicts(found: Mapping[str, Verdict], records: Mapping[str, Record]) -> str:
     rows = []
+    void = ""
+    judged = any(own.status != NOT_RUN for own in found.values())
+    if judged and controls_problems(records.get("controls-s0")):
+        void = (
+            "\n**No verdict counts as long as the controls do not behave as they must (below).**\n"
+        )
     for claim in CLAIMS:
         own = found[claim.name]
         missing = f": {', '.join(own.missing)}" if own.missing else ""
         effects = "; ".join(f"{name} {_effect(e)}" for name, e in own.effects.items())
         rows.append([claim.name, claim.says, f"**{own.status}**{missing}", effects or "-"])
-    return _table(["", "Claim", "Verdict", "Effects [95%]"], rows)
+    return _table(["", "Claim", "Verdict", "Effects [95%]"], rows) + void
 
 
 def _gate(folder: Path) -> str:
@@ -171,7 +184,8 @@ def _claim(claim: Claim, own: Verdict, results: Results) -> str:
         if own.notes:
             parts.append("")
     more = {"P4": ("no_warmup_compute",), "S3": ("two_steps",), "S4": ("joint_compute",)}
-    parts.append(arm_table([*claim.arms, *more.get(claim.name, ())], results))
+    columns = S2_COLUMNS if claim.name == "S2" else COLUMNS
+    parts.append(arm_table([*claim.arms, *more.get(claim.name, ())], results, columns))
     return "\n".join(parts)
 
 

@@ -71,6 +71,20 @@ def test_planted_results_are_told_in_full(tmp_path: Path) -> None:
           for n in ("M", "heldout_gap")),
     }  # fmt: skip
     assert "[A](evidence/A-s0.jpg)" in text
+    assert "**No verdict counts as long as the controls" in text
+    good = {
+        "real/short": {"M": 1.0, "FDtd": 0.3, "FDnss_late": 0.2},
+        "static/short": {"M": 0.0, "S": 1.0, "FDtd": 400.0},
+        "drift-contrast/short": {"FDnss_late": 30.0},
+        "real/long": {"signed_drift": 0.01}, "drift-contrast/long": {"signed_drift": 0.8},
+    }  # fmt: skip
+    Record(
+        name="controls-s0", arm="controls", title="", group="teacher", seed=0, status="done",
+        figures=good,
+    ).save(folder)  # fmt: skip
+    write(folder, page)
+    assert "No verdict counts" not in page.read_text()
+    assert "They behave as they must." in page.read_text()
     # Without the results of C nothing of them stays, plots included.
     for path in folder.glob("C-*.json"):
         path.unlink()
