@@ -17,7 +17,7 @@ from aad1.rollout.teacher import Sampling
 INDEX = "model_index.json"
 CARD = "README.md"
 FORMAT = "aad1.pipeline.1"
-STAGES = ("teacher", "ode", "dmd", "aad", "distilled")
+STAGES = ("teacher", "ode", "dmd", "aad", "joint", "distilled")
 
 
 @dataclass(frozen=True, kw_only=True)

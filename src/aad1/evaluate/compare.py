@@ -21,6 +21,7 @@ from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.intervals import RESAMPLES, bootstrap, wilson
 from aad1.evaluate.measure import Measured, check_alike
 from aad1.evaluate.motion import STATIC_BELOW, quarter, real_motion
+from aad1.evaluate.networks import CONSISTENCY as CONSISTENCY_NAMES
 from aad1.evaluate.niqe import NSS_NAMES
 from aad1.evaluate.report import Gaussian
 
@@ -42,6 +43,8 @@ class Reference:
     temporal: Gaussian
     early: Gaussian
     late: Gaussian
+    motion: Gaussian | None
+    """Of the motion network's features; None without them."""
     real_of: Mapping[str, int]
     """Key -> number of the real video that a generated one continues."""
 
@@ -55,6 +58,7 @@ class Reference:
             temporal=Gaussian.of(videos.temporal),
             early=Gaussian.of(_early(videos).flatten(0, 1)),
             late=Gaussian.of(_late(videos).flatten(0, 1)),
+            motion=Gaussian.of(videos.motion.flatten(0, 1)) if videos.motion.shape[1] else None,
             real_of={key: number for number, key in enumerate(videos.keys)},
         )
 
@@ -164,6 +168,31 @@ def _drift_ratio(seconds: float) -> Reduce:
     return reduce
 
 
+_NO_NETWORKS = "there are no metric networks for this world (runs/train_metrics.py)"
+
+
+def _consistency_of(name: str) -> Extract:
+    def extract(videos: Measured, _: Reference) -> Tensor:
+        if videos.consistency.shape[1] == 0:
+            raise UserError(_NO_NETWORKS)
+        return videos.consistency[:, CONSISTENCY_NAMES.index(name)]
+
+    return extract
+
+
+def _motion_windows(videos: Measured, reference: Reference) -> Tensor:
+    if videos.motion.shape[2] == 0:
+        raise UserError(_NO_NETWORKS)
+    if videos.motion.shape[1] == 0 or reference.motion is None:
+        raise UserError(f"the motion network sees more than {videos.frames} frames at once")
+    return videos.motion
+
+
+def _motion_distance(rows: Tensor, reference: Reference) -> float:
+    assert reference.motion is not None
+    return reference.motion.distance(rows.flatten(0, 1))
+
+
 _STILL = "a static video scores as well or better"
 
 MOTION: tuple[Metric, ...] = (
@@ -222,6 +251,12 @@ QUALITY: tuple[Metric, ...] = (
         blind="what a single frame looks like", distance=True, least=LEAST_VIDEOS,
     ),
     Metric(
+        name="FD_motion", label="Fréchet distance of motion features", ideal="floor",
+        extract=_motion_windows, reduce=_motion_distance,
+        blind="appearance; what the motion network was not taught", distance=True,
+        least=LEAST_VIDEOS,
+    ),
+    Metric(
         name="FDnss_early", label="Fréchet distance of frames, first quarter", ideal="floor",
         extract=lambda v, r: _early(v),
         reduce=lambda rows, r: r.early.distance(rows.flatten(0, 1)),
@@ -235,6 +270,22 @@ QUALITY: tuple[Metric, ...] = (
         blind="motion: a static video is near the floor", distance=True, least=LEAST_VIDEOS,
         static_wins=True,
     ),
+)  # fmt: skip
+
+CONSISTENCY: tuple[Metric, ...] = tuple(
+    Metric(
+        name=f"consistency_{name}", label=label, ideal="real", static_wins=True,
+        extract=_consistency_of(name), reduce=_mean,
+        blind="motion, and what the frame encoder was not taught: a static video is 1",
+    )
+    for name, label in zip(
+        CONSISTENCY_NAMES,
+        (
+            "subject consistency (proxy)", "background consistency (proxy)",
+            "likeness to the first frame (proxy)", "likeness of the last frame to the first",
+        ),
+        strict=True,
+    )
 )  # fmt: skip
 
 _DRIFT_BLIND = "static is best of all, and bad from the start does not drift"
@@ -266,7 +317,7 @@ DRIFT: tuple[Metric, ...] = (
     ),
 )  # fmt: skip
 
-METRICS: dict[str, Metric] = {m.name: m for m in (*MOTION, *QUALITY, *DRIFT)}
+METRICS: dict[str, Metric] = {m.name: m for m in (*MOTION, *QUALITY, *CONSISTENCY, *DRIFT)}
 
 
 def groups_of(number: int, size: int, most: int = MOST_FLOORS) -> list[range]:

@@ -19,6 +19,7 @@ from aad1.atomic import replace_file
 from aad1.errors import UserError
 from aad1.evaluate.frechet import temporal_features
 from aad1.evaluate.motion import check_videos, flow, grey, motion, quarter, warp
+from aad1.evaluate.networks import Networks
 from aad1.evaluate.niqe import nss_features
 
 FORMAT = "aad1.measured.1"
@@ -61,6 +62,10 @@ class Measured:
     """float64 [N, 10]: the statistics of FDtd."""
     nss: Tensor
     """float64 [N, T, 14]: natural-scene statistics of every frame."""
+    consistency: Tensor
+    """float64 [N, 4], see `networks.Networks.consistency`; [N, 0] without networks."""
+    motion: Tensor
+    """float64 [N, windows, features] of the motion network; [N, 0, 0] without networks."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,7 +84,7 @@ class Measured:
         from safetensors.torch import save_file
 
         tensors = {
-            name: getattr(self, name).to(torch.float16 if name == "nss" else torch.float32)
+            name: getattr(self, name).to(torch.float16 if name in _HALVES else torch.float32)
             for name in TENSORS
         }
         facts = {"keys": self.keys, "prompts": self.prompts, "fps": self.fps}
@@ -98,11 +103,28 @@ class Measured:
                 facts = json.loads(header["facts"])
                 if header.get("format") != FORMAT:
                     raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
-                tensors = {name: file.get_tensor(name).double() for name in TENSORS}
+                # Files from before there were networks have none of their figures.
+                tensors: dict[str, Any] = dict(_without_networks(len(facts["keys"])))
+                tensors |= {
+                    name: file.get_tensor(name).double()
+                    for name in TENSORS
+                    if name not in tensors or name in list(file.keys())
+                }
             facts["keys"], facts["prompts"] = tuple(facts["keys"]), tuple(facts["prompts"])
             return Measured(**facts, **tensors)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"cannot read measured videos from {path}: {error}") from None
+
+
+_HALVES = ("nss", "motion")
+
+
+def _without_networks(number: int) -> dict[str, Tensor]:
+    """What stands for the networks' figures where there are none."""
+    return {
+        "consistency": torch.zeros(number, 0, dtype=torch.float64),
+        "motion": torch.zeros(number, 0, 0, dtype=torch.float64),
+    }
 
 
 TENSORS = tuple(field.name for field in fields(Measured) if field.type == "Tensor")
@@ -141,10 +163,12 @@ def stride_for(frames: int) -> int:
 
 
 def measure(
-    videos: Tensor, *, fps: float, keys: Sequence[str], prompts: Sequence[str] | None = None
-) -> Measured:
+    videos: Tensor, *, fps: float, keys: Sequence[str], prompts: Sequence[str] | None = None,
+    networks: Networks | None = None,
+) -> Measured:  # fmt: skip
     """Measure videos, uint8 [N, T, H, W, 3]; the result lies on the CPU.
 
+    networks: the world's, on the videos' device; without them some figures cannot be computed.
     Raises UserError as `motion.check_videos` does, or for another number of keys or prompts.
     """
     check_videos(videos, "measured")
@@ -157,6 +181,10 @@ def measure(
         some = videos[rows]
         light = grey(some)
         moving = motion(some, stride=stride)
+        seen = _without_networks(len(some))
+        if networks is not None:
+            seen["consistency"] = networks.consistency(some)
+            seen["motion"] = networks.motion_features(some)
         parts.append(
             Measured(
                 frames=videos.shape[1], height=videos.shape[2], width=videos.shape[3],
@@ -168,17 +196,19 @@ def measure(
                 color_shift=color_shift(some),
                 temporal=temporal_features(some, moving.predictability),
                 nss=nss_features(light.flatten(0, 1)).unflatten(0, light.shape[:2]),
+                **seen,
             )
         )  # fmt: skip
     return join(parts)
 
 
 def measure_all(
-    videos: Iterable[tuple[str, str, Tensor]], *, fps: float, device: torch.device | str = "cpu"
-) -> Measured:
+    videos: Iterable[tuple[str, str, Tensor]], *, fps: float, device: torch.device | str = "cpu",
+    networks: Networks | None = None,
+) -> Measured:  # fmt: skip
     """Measure videos one after another: (key, prompt, uint8 [T, H, W, 3]); UserError for none."""
     parts = [
-        measure(video[None].to(device), fps=fps, keys=[key], prompts=[prompt])
+        measure(video[None].to(device), fps=fps, keys=[key], prompts=[prompt], networks=networks)
         for key, prompt, video in videos
     ]
     if not parts:

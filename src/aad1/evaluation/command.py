@@ -34,7 +34,8 @@ class Evaluate:
     model: str | None = None
     """Packaged name, folder, or hub id."""
     world: str | None = None
-    """sprites, doom, or a folder of video shards (`aad1 data`); the model's own by default."""
+    """sprites, doom, or a folder of video shards (`aad1 data`); the model's own by default.
+    With two folders: whose metric networks tell consistency and motion features."""
     data: Path = Path("out/data/doom-heldout")
     """World doom without --quick: shards of held-out clips."""
     long_data: Path | None = None
@@ -80,9 +81,18 @@ def evaluate(args: Evaluate) -> None:
         print(validate(args.out, clips=args.clips or 40, seed=args.seed, device=device))
         return
     if args.folders:
+        from aad1.evaluate.networks import for_world
         from aad1.evaluation.folders import evaluate_folders
 
-        result = evaluate_folders(args.folders[0], args.folders[1], device)
+        networks = None
+        if args.world is not None:
+            networks = for_world(args.world, device)
+            if networks is None:
+                raise UserError(
+                    f"--world must be sprites or doom, whose metric networks are packaged, "
+                    f"got {args.world!r}"
+                )
+        result = evaluate_folders(args.folders[0], args.folders[1], device, networks)
     elif args.fp8_gate:
         _gate(args)
         return
@@ -192,7 +202,7 @@ def real_world(args: Evaluate, pipe: Pipeline, clips: int) -> RealWorld:
         frames = 1 + each * max(1, round(args.long_seconds * fps / each))
         return worlds.drawn(config, clips=clips, long_frames=frames, fps=fps, device=device)
     if args.quick and not Path(name).is_dir():
-        return worlds.packaged(worlds.packaged_folder(name), clips=clips)
+        return worlds.packaged(worlds.packaged_folder(name), clips=clips, device=device)
     if name == "doom":
         if not args.data.is_dir():
             raise UserError(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from aad1.errors import UserError
-from aad1.evaluate.compare import DRIFT, MOTION, QUALITY, beside, compare
+from aad1.evaluate.compare import CONSISTENCY, DRIFT, MOTION, QUALITY, beside, compare
 from aad1.evaluate.measure import Measured, measure_all
+from aad1.evaluate.networks import Networks
 from aad1.evaluation.result import Picture, Result, Section
 from aad1.evaluation.worlds import RealVideos
 from aad1.media import VideoInfo, probe_video, read_video
@@ -24,8 +25,8 @@ NOTES = (
     "Read M first: a static video wins or draws every figure beside which M stands. Intervals are "
     "95%, from 2,000 resamples of prompts (Wilson's for shares). Real against real: every second "
     "real video against the rest, so the reference of the floors is half as large.",
-    "Not computed here: consistency of subject and background, likeness to the first frame and the "
-    "motion Fréchet distance, which need trained networks.",
+    "Consistency and the motion Fréchet distance come from small networks trained on real clips of "
+    "one world (--world sprites or doom); they are not comparable to VBench's numbers.",
 )
 
 
@@ -80,8 +81,13 @@ def key_of(file: Path) -> str:
     return re.sub(r"-\d+$", "", file.stem)
 
 
-def evaluate_folders(generated: Path, real: Path, device: torch.device) -> Result:
-    """Generated videos against real ones. UserError for folders that cannot be compared."""
+def evaluate_folders(
+    generated: Path, real: Path, device: torch.device, networks: Networks | None = None
+) -> Result:
+    """Generated videos against real ones. UserError for folders that cannot be compared.
+
+    networks: those of the videos' world, if it has some.
+    """
     made, truth = open_folder(generated), open_folder(real)
     if made.size != truth.size:
         raise UserError(
@@ -97,10 +103,10 @@ def evaluate_folders(generated: Path, real: Path, device: torch.device) -> Resul
     if len(truth.files) < 2:
         raise UserError(f"{real} holds 1 video, at least 2 real ones are needed")
     pictures: list[Picture] = []
-    videos = _measured(made, frames, device, pictures)
-    reference = RealVideos.of(_measured(truth, frames, device, None), None)
+    videos = _measured(made, frames, device, pictures, networks)
+    reference = RealVideos.of(_measured(truth, frames, device, None, networks), None)
     figures = compare(
-        videos, reference.reference, reference.other, [*MOTION, *QUALITY, *DRIFT],
+        videos, reference.reference, reference.other, [*MOTION, *QUALITY, *CONSISTENCY, *DRIFT],
         floor_reference=reference.floor_reference,
     )  # fmt: skip
     notes = list(NOTES)
@@ -124,8 +130,9 @@ def evaluate_folders(generated: Path, real: Path, device: torch.device) -> Resul
 
 
 def _measured(
-    folder: Folder, frames: int, device: torch.device, pictures: list[Picture] | None
-) -> Measured:
+    folder: Folder, frames: int, device: torch.device, pictures: list[Picture] | None,
+    networks: Networks | None,
+) -> Measured:  # fmt: skip
     def videos() -> Iterator[tuple[str, str, Tensor]]:
         for file, info in zip(folder.files, folder.infos, strict=True):
             video = read_video(file, fps=folder.fps, frames=frames, info=info)
@@ -133,4 +140,4 @@ def _measured(
                 pictures.append(Picture(title=file.stem, generated=video))
             yield key_of(file), key_of(file), video
 
-    return measure_all(videos(), fps=folder.fps, device=device)
+    return measure_all(videos(), fps=folder.fps, device=device, networks=networks)

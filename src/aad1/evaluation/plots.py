@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 520, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 34, 26
-_COLORS = ("#c33", "#36c", "#383", "#a60")
+_COLORS = ("#c33", "#36c", "#383", "#a60", "#858", "#555")
 
 Curve = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]
 """x, middle, low, high."""

@@ -23,6 +23,7 @@ from aad1.evaluate.compare import METRICS, Figure, Reference
 from aad1.evaluate.drift import drift, pace, signed_drift
 from aad1.evaluate.measure import Measured
 from aad1.evaluate.motion import STATIC_BELOW
+from aad1.evaluate.networks import CONSISTENCY
 from aad1.evaluate.niqe import NSS_NAMES
 
 FORMAT = "aad1.evaluation.1"
@@ -160,6 +161,10 @@ def video_rows(section: Section) -> list[dict[str, str | float | None]]:
         "flicker": videos.flicker.tolist(),
         "color_shift": videos.color_shift.tolist(),
         "niqe": scores[:, 1:].mean(dim=1).tolist(),
+        **{
+            f"consistency_{name}": column.tolist()
+            for name, column in zip(CONSISTENCY, videos.consistency.T, strict=False)
+        },
         "log_sharpness": videos.nss[:, 1:, NSS_NAMES.index("sharpness")].mean(dim=1).tolist(),
     }  # fmt: skip
     for seconds in (2.0, 1.0, 5.0):

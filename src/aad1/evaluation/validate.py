@@ -21,12 +21,15 @@ from aad1.evaluate.compare import METRICS, Figure, Metric, Reference, compare
 from aad1.evaluate.corruptions import CORRUPTIONS
 from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.measure import Measured, measure
+from aad1.evaluate.networks import for_world
 from aad1.worlds.sprites import SpritesConfig, draw
 
 COLUMNS = (
     "M", "late_M", "S", "W1_flow", "smoothness", "flicker", "niqe", "sharpness",
     "drift_2s", "drift_1s", "drift_5s", "signed_drift", "color_shift",
-    "FDtd", "FDnss_early", "FDnss_late",
+    "FDtd", "FD_motion", "FDnss_early", "FDnss_late",
+    "consistency_subject", "consistency_background", "consistency_first_frame",
+    "consistency_last_frame",
 )  # fmt: skip
 FPS = 4.0
 MULTIPLE = 4.0
@@ -68,8 +71,11 @@ def corruption_table(clips: int, config: SpritesConfig, *, seed: int = 0,
     def real(number: int) -> Tensor:
         return draw(config, clips, seed=_SEED + 16 * seed + number, device=device)[0].video
 
+    networks = for_world("sprites", device)
+
     def measured(videos: Tensor, name: str) -> Measured:
-        return measure(videos, fps=FPS, keys=[f"{name} {i}" for i in range(clips)])
+        keys = [f"{name} {i}" for i in range(clips)]
+        return measure(videos, fps=FPS, keys=keys, networks=networks)
 
     reference = Reference.of(measured(real(0), "reference"))
     other = measured(real(1), "other")

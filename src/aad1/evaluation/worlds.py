@@ -22,6 +22,7 @@ from aad1.errors import UserError
 from aad1.evaluate.compare import Reference
 from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.measure import Measured, join, measure_all
+from aad1.evaluate.networks import Networks, for_world
 from aad1.media import read_image, read_video, write_video
 from aad1.worlds.sprites import SpritesConfig, SpritesState, draw
 
@@ -100,6 +101,8 @@ class RealWorld:
     """These clips, uint8 [N, T, H, W, 3]."""
     originals: tuple[Videos, Videos] | None = None
     """The reference clips and the others again, as videos; packaged statistics have none."""
+    networks: Networks | None = None
+    """The world's metric networks, if the package has them."""
 
 
 def recorded(
@@ -123,16 +126,24 @@ def recorded(
             f"--clips {clips} needs {2 * clips} real clips, {folder} holds {len(shards)}"
         )
     numbers = [(skip + k) % len(shards) for k in range(2 * count)]
+    networks = for_world(shards.manifest["world"], device)
     originals = (
         partial(_read, shards, numbers[:count]), partial(_read, shards, numbers[count:])
     )  # fmt: skip
-    one, two = (measure_all(videos(), fps=fps, device=device) for videos in originals)
+    one, two = (
+        measure_all(videos(), fps=fps, device=device, networks=networks) for videos in originals
+    )
     short = RealVideos.of(one, two)
     longer = None
     if long is not None:
         many = _video_shards(long)
         longer = RealVideos.of(
-            measure_all(_read(many, range(len(many)), "long clip"), fps=fps, device=device),
+            measure_all(
+                _read(many, range(len(many)), "long clip"),
+                fps=fps,
+                device=device,
+                networks=networks,
+            ),
             None,
             short.reference,
         )
@@ -151,6 +162,7 @@ def recorded(
         starts=starts,
         clips=videos,
         originals=originals,
+        networks=networks,
     )
 
 
@@ -174,6 +186,7 @@ def drawn(
 ) -> RealWorld:  # fmt: skip
     """The drawn world, from seeds that training and its monitor do not use."""
     count = max(clips, reference_clips)
+    networks = for_world("sprites", device)
     one, _ = draw(config, count, seed=DRAWN_SEED, device=device)
     two, state = draw(config, count, seed=DRAWN_SEED + 1, device=device)
     longer = replace(config, frames=long_frames)
@@ -184,7 +197,7 @@ def drawn(
             yield f"{name} {i}", prompt_of(clips.captions[i]), video
 
     def measured(clips: Clips, name: str) -> Measured:
-        return measure_all(rows(clips, name), fps=fps, device=device)
+        return measure_all(rows(clips, name), fps=fps, device=device, networks=networks)
 
     short = RealVideos.of(measured(one, "clip"), measured(two, "other clip"))
     long = RealVideos.of(measured(many, "long clip"), None, short.reference)
@@ -196,6 +209,7 @@ def drawn(
         name="sprites", fps=fps, short=short, long=long, starts=starts,
         clips=list(one.video[: min(8, clips)].cpu()), state=state, truth=two.video.cpu(),
         originals=(partial(rows, one, "clip"), partial(rows, two, "other clip")),
+        networks=networks,
     )  # fmt: skip
 
 
@@ -213,7 +227,7 @@ def packaged_folder(world: str) -> Path:
     return folder
 
 
-def packaged(folder: Path, *, clips: int) -> RealWorld:
+def packaged(folder: Path, *, clips: int, device: torch.device | str = "cpu") -> RealWorld:
     """What `runs/pack_evaluation.py` wrote: statistics, first frames, a few real clips."""
     facts = json.loads((folder / "starts.json").read_text(encoding="utf-8"))
     listed = facts["starts"]
@@ -232,8 +246,9 @@ def packaged(folder: Path, *, clips: int) -> RealWorld:
     ]  # fmt: skip
     videos = [read_video(folder / start["video"]) for start in listed[:clips] if "video" in start]
     return RealWorld(
-        name=facts["world"], fps=both.fps, short=short, long=long, starts=starts, clips=videos
-    )
+        name=facts["world"], fps=both.fps, short=short, long=long, starts=starts, clips=videos,
+        networks=for_world(facts["world"], device),
+    )  # fmt: skip
 
 
 def pack(world: RealWorld, folder: Path, *, starts: int, videos: int) -> None:

@@ -6,14 +6,15 @@ import difflib
 from functools import lru_cache
 
 from aad1.errors import UserError
-from aad1.presets import doom, sprites, wan
+from aad1.presets import doom, evidence, sprites, wan
 from aad1.train.config import Experiment
 
 
 @lru_cache(maxsize=1)
 def presets() -> dict[str, Experiment]:
     """All presets by name: <world>-<stage>[-<ablation>]."""
-    return sprites.experiments() | doom.experiments() | wan.experiments()
+    worlds = (sprites, evidence, doom, wan)
+    return {name: e for world in worlds for name, e in world.experiments().items()}
 
 
 def preset(name: str) -> Experiment:

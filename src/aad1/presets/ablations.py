@@ -6,20 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from aad1.stages.adversarial import AdversarialConfig
-from aad1.train.config import Experiment
+from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.joint import JointConfig
+from aad1.train.config import Experiment, SpritesData
 
 PENALTIES = (0, 5, 20, 50, 200)
 TWO_STEPS = (1.0, 0.8333333333333334)
 """1 and 1/2, shifted by 5."""
+FOUR_STEPS = (1.0, 0.9375, 0.8333333333333334, 0.625)
+"""1, 3/4, 1/2 and 1/4, shifted by 5."""
 
 
 def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experiment]:
-    """Discriminator (causal or not, per frame or video), no warm-up, penalty weights; and all three
-    stages with two steps, and for a single pass per chunk.
+    """Discriminator (causal or not, per frame or video), no warm-up, penalty weights, both losses
+    at once, two and four steps, a single pass per chunk; on the drawn world also longer
+    self-rollouts.
 
-    Named after the stage: <world>-aad-causal_frame, <world>-dmd-two_steps, <world>-ode-single, ...
+    Named after the stage: <world>-aad-causal_frame, <world>-dmd-two_steps, <world>-joint, ...
     """
-    assert isinstance(aad.stage, AdversarialConfig)
+    assert isinstance(aad.stage, AdversarialConfig) and isinstance(dmd.stage, DmdConfig)
     runs = []
     for name, causal, per_frame in (
         ("causal_frame", True, True),
@@ -32,13 +37,30 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
     for weight in PENALTIES:
         stage = replace(aad.stage, penalty_weight=float(weight))
         runs.append(replace(aad, name=f"{aad.name}-penalty_{weight}", stage=stage))
-    for run in (ode, dmd, aad):
-        two = replace(run, name=f"{run.name}-two_steps", sigmas=TWO_STEPS)
-        geometry = replace(run.geometry, single_pass=True)
-        single = replace(run, name=f"{run.name}-single", geometry=geometry)
-        for variant, suffix in ((two, "two_steps"), (single, "single")):
+    # As many updates as warm-up and refinement have together, at the warm-up's learning rates.
+    optim = replace(
+        dmd.optim, updates=dmd.optim.updates + aad.optim.updates, batch=aad.optim.batch,
+        heads_lr=aad.optim.heads_lr, schedule=aad.optim.schedule, ema=aad.optim.ema,
+    )  # fmt: skip
+    runs.append(
+        replace(
+            aad, name=f"{aad.name.removesuffix('-aad')}-joint", init=dmd.init, optim=optim,
+            stage=JointConfig(score=dmd.stage),
+            discriminator=replace(aad.discriminator, causal=False, per_frame=False),
+        )
+    )  # fmt: skip
+    if isinstance(aad.data, SpritesData):  # other worlds' clips have an end
+        longer = replace(aad.stage, rollout_frames=2 * aad.data.world.frames - 1)
+        runs.append(replace(aad, name=f"{aad.name}-long_rollout", stage=longer))
+    for name, change in (
+        ("two_steps", lambda run: replace(run, sigmas=TWO_STEPS)),
+        ("four_steps", lambda run: replace(run, sigmas=FOUR_STEPS)),
+        ("single", lambda run: replace(run, geometry=replace(run.geometry, single_pass=True))),
+    ):
+        for run in (ode, dmd, aad):
+            variant = replace(change(run), name=f"{run.name}-{name}")
             if run.init:  # each stage goes on from the one before it of its own kind
-                init = Path(f"{run.init.parent}-{suffix}") / run.init.name
+                init = Path(f"{run.init.parent}-{name}") / run.init.name
                 variant = replace(variant, init=init)
             runs.append(variant)
     return runs

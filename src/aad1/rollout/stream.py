@@ -243,19 +243,30 @@ def record(
     return Recorded(torch.cat(xs, 2), torch.cat(x_t, 2), sigma, tuple(past))
 
 
-def replay(rollout: Rollout, recorded: Recorded, text: torch.Tensor) -> torch.Tensor:
+def replay(
+    rollout: Rollout,
+    recorded: Recorded,
+    text: torch.Tensor,
+    skip: int = 1,
+    frames: int | None = None,
+) -> torch.Tensor:
     """Phase two: the exit passes of all chunks again, in one pass *with* autograd.
 
     Equal to the recorded clip, and its gradient equals that of the plain graph, because a
     chunk's loss reaches the weights only through that chunk's exit pass (the cache is
     detached). Returns the generated frames [B, C, F - first, H, W].
+
+    skip, frames: only the chunks from number `skip` on, up to that many frames of the clip
+        (default: all); returns the frames from start(skip) on.
     """
     geometry = rollout.geometry
-    frames = recorded.x0.shape[2]
-    plan = parallel_chunks(geometry, recorded.past[0][0].shape[1], frames, 1)
-    level = torch.full((len(recorded.x_t),), recorded.sigma, device=recorded.x_t.device)
-    v = rollout.model(recorded.x_t, level, text[:, geometry.first :], plan=plan, past=recorded.past)
-    return x0_from_velocity(recorded.x_t, v, level)
+    frames = recorded.x0.shape[2] if frames is None else frames
+    begin, first = geometry.start(skip), geometry.first
+    plan = parallel_chunks(geometry, recorded.past[0][0].shape[1], frames, skip)
+    x_t = recorded.x_t[:, :, begin - first : frames - first]
+    level = torch.full((len(x_t),), recorded.sigma, device=x_t.device)
+    v = rollout.model(x_t, level, text[:, begin:frames], plan=plan, past=recorded.past)
+    return x0_from_velocity(x_t, v, level)
 
 
 RolloutFn = Callable[[Rollout, torch.Tensor, torch.Tensor, torch.Tensor, int | None], Recorded]

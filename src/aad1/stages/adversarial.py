@@ -26,6 +26,7 @@ from aad1.stages.base import (
     Loss,
     Rng,
     SelfRollout,
+    choose,
     randn,
     roll_out,
     uniform,
@@ -59,6 +60,10 @@ class AdversarialConfig:
     memory at once. "whole": all. "pairs": a clip and its perturbed copy, then the other two.
     "single": one, which costs a second forward pass of some. The gradient is the same. "auto":
     pairs where blocks are checkpointed (`checkpoint_blocks`), else whole."""
+    rollout_frames: int = 0
+    """Latent frames of a self-rollout that is longer than the world's clips: the discriminator sees
+    a random stretch of a clip's length, and only its chunks get gradients. 0: as the clips.
+    Exploratory; the paper trains on rollouts of a clip's length."""
 
     def __post_init__(self) -> None:
         if self.graph not in ("auto", *GRAPHS):
@@ -76,6 +81,8 @@ class AdversarialConfig:
             )
         if self.critic_updates < 1:
             raise UserError(f"critic_updates must be at least 1, got {self.critic_updates}")
+        if self.rollout_frames < 0:
+            raise UserError(f"rollout_frames must be at least 0, got {self.rollout_frames}")
 
     def settled(self, checkpointed: bool) -> AdversarialConfig:
         """With `graph` chosen, if it is "auto"; checkpointed: whether blocks are run again."""
@@ -108,7 +115,10 @@ GRAPHS: dict[str, list[tuple[int, ...]]] = {
 
 
 class Adversarial:
-    """Causal generator against a discriminator of whole clips."""
+    """Causal generator against a discriminator of whole clips.
+
+    stretch: latent frames that the discriminator sees of a longer clip; None: all.
+    """
 
     def __init__(
         self,
@@ -117,9 +127,10 @@ class Adversarial:
         conditioner: Conditioner,
         config: AdversarialConfig,
         run: RolloutFn = roll_out,
+        stretch: int | None = None,
     ) -> None:
         self.rollout, self.discriminator = rollout, discriminator
-        self.conditioner, self.config = conditioner, config
+        self.conditioner, self.config, self.stretch = conditioner, config, stretch
         self.critic_updates = config.critic_updates
         self.self_rollout = SelfRollout(rollout, run)
         for step in range(len(rollout.sigmas)):
@@ -151,24 +162,42 @@ class Adversarial:
         low, high = self.interval(step)
         return low + (high - low) * uniform(n, like, rng)
 
+    def _skip(self, frames: int, rng: Rng) -> int:
+        """Number of the first chunk that gets gradients: 1, or a random one of a longer clip."""
+        if self.stretch is None or frames <= self.stretch:
+            return 1
+        geometry = self.rollout.geometry
+        return 1 + choose(geometry.chunks(frames) - geometry.chunks(self.stretch) + 1, rng)
+
+    def _frames(self, frames: int, skip: int) -> slice:
+        """The stretch whose chunks begin with number `skip`; as many frames before it as an image
+        has stand where the image stands in a clip of that length."""
+        geometry = self.rollout.geometry
+        begin = geometry.start(skip) - geometry.first
+        return slice(begin, min(frames, begin + (self.stretch or frames)))
+
     def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Two-phase step: dL_G/dx through the frozen discriminator, then the replay carries it."""
         first = self.rollout.geometry.first
-        text = self.conditioner(batch.captions, batch.latents.shape[2])
-        recorded, step = self.self_rollout(batch.latents, text, rng)
-        x = recorded.x0.detach().requires_grad_()
+        frames = batch.latents.shape[2]
+        whole_text = self.conditioner(batch.captions, frames)
+        recorded, step = self.self_rollout(batch.latents, whole_text, rng)
+        skip = self._skip(frames, rng)
+        seen = self._frames(frames, skip)
+        text, real_x = whole_text[:, seen], batch.latents[:, :, seen]
+        x = recorded.x0[:, :, seen].detach().requires_grad_()
         tau = self._tau(len(x), step, x, rng)
         noise = randn(x.shape, x, rng)
         # The discriminator is differentiable to its input here, its weights are not asked for.
         fake = self.discriminator(add_noise(x, noise, tau), tau, text)
         if self.config.loss == "relativistic":
             with torch.no_grad():
-                real = self.discriminator(add_noise(batch.latents, noise, tau), tau, text)
+                real = self.discriminator(add_noise(real_x, noise, tau), tau, text)
             loss = relativistic_loss(fake, real)
         else:
             loss = generator_adversarial_loss(fake)
         (dx,) = torch.autograd.grad(loss, x)
-        out = replay(self.rollout, recorded, text)
+        out = replay(self.rollout, recorded, whole_text, skip, seen.stop)
         surrogate = (out * dx[:, :, first:]).sum()
         # Worth the loss, with the gradient of the surrogate: logs show what is minimised.
         total = loss.detach() + surrogate - surrogate.detach()
@@ -212,10 +241,11 @@ class Adversarial:
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """What the discriminator is shown: real clips and generated ones noised, [2 B, C, F, H, W],
         and the same perturbed if that is punished; their noise levels [B] and text."""
-        real_x = batch.latents
-        text = self.conditioner(batch.captions, real_x.shape[2])
-        recorded, step = self.self_rollout(real_x, text, rng)
-        fake_x = recorded.x0
+        frames = batch.latents.shape[2]
+        text = self.conditioner(batch.captions, frames)
+        recorded, step = self.self_rollout(batch.latents, text, rng)
+        seen = self._frames(frames, self._skip(frames, rng))
+        text, real_x, fake_x = text[:, seen], batch.latents[:, :, seen], recorded.x0[:, :, seen]
         del recorded  # its K and V, gigabytes at full size, are for the generator's step alone
         tau = self._tau(len(real_x), step, real_x, rng)
         noise = randn(real_x.shape, real_x, rng)
@@ -245,28 +275,44 @@ class Adversarial:
         }
         return loss + self.config.penalty_weight * penalty, logs
 
-    @torch.no_grad()
     def heldout_gap(
         self, real: torch.Tensor, fake: torch.Tensor, captions: list[list[str]], together: int = 32
     ) -> torch.Tensor:
-        """Mean logit of real clips minus that of generated ones, both [B, C, F, H, W].
+        """`heldout_gap` on the last step's interval."""
+        interval = self.interval(len(self.rollout.sigmas) - 1)
+        return heldout_gap(
+            self.discriminator, self.conditioner, real, fake, captions, interval, together
+        )
 
-        Neither may have been trained on. The clips take turns at five noise levels spread over the
-        last step's interval, real and generated at the same noise: a gap near 0 says that the
-        discriminator has nothing to teach yet, a large one that it wins on details (docs/log.md).
-        together: clips judged at once, twice that many in memory.
-        """
-        low, high = self.interval(len(self.rollout.sigmas) - 1)
-        turn = torch.arange(len(real), device=real.device) % 5
-        tau = low + (high - low) * (0.1 + 0.2 * turn)
-        rng = torch.Generator(device=real.device).manual_seed(0)
-        gaps = []
-        for start in range(0, len(real), together):
-            index = slice(start, start + together)
-            text = self.conditioner(captions[index], real.shape[2])
-            noise = randn(real[index].shape, real, rng)
-            pair = torch.cat([add_noise(x[index], noise, tau[index]) for x in (real, fake)])
-            logits = self.discriminator(pair, tau[index].repeat(2), torch.cat([text, text]))
-            one, other = logits.chunk(2)
-            gaps.append((one - other).flatten(1).mean(1) if one.dim() > 1 else one - other)
-        return torch.cat(gaps).mean()
+
+@torch.no_grad()
+def heldout_gap(
+    discriminator: Discriminator,
+    conditioner: Conditioner,
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    captions: list[list[str]],
+    interval: tuple[float, float],
+    together: int = 32,
+) -> torch.Tensor:
+    """Mean logit of real clips minus that of generated ones, both [B, C, F, H, W].
+
+    Neither may have been trained on. The clips take turns at five noise levels spread over the
+    interval, real and generated at the same noise: a gap near 0 says that the discriminator has
+    nothing to teach yet, a large one that it wins on details (docs/log.md).
+    together: clips judged at once, twice that many in memory.
+    """
+    low, high = interval
+    turn = torch.arange(len(real), device=real.device) % 5
+    tau = low + (high - low) * (0.1 + 0.2 * turn)
+    rng = torch.Generator(device=real.device).manual_seed(0)
+    gaps = []
+    for start in range(0, len(real), together):
+        index = slice(start, start + together)
+        text = conditioner(captions[index], real.shape[2])
+        noise = randn(real[index].shape, real, rng)
+        pair = torch.cat([add_noise(x[index], noise, tau[index]) for x in (real, fake)])
+        logits = discriminator(pair, tau[index].repeat(2), torch.cat([text, text]))
+        one, other = logits.chunk(2)
+        gaps.append((one - other).flatten(1).mean(1) if one.dim() > 1 else one - other)
+    return torch.cat(gaps).mean()

@@ -35,8 +35,17 @@ class _Checkpointed:
         )
 
 
+_PLAIN = Block.forward
+
+
 @lru_cache(maxsize=1)
 def compile_blocks() -> None:
     """Compile the transformer block for this process, once for all networks that use it."""
     torch._dynamo.config.recompile_limit = 64
-    Block.forward = torch.compile(Block.forward)  # type: ignore[method-assign]
+    Block.forward = torch.compile(_PLAIN)  # type: ignore[method-assign]
+
+
+def plain_blocks() -> None:
+    """Undo `compile_blocks`: for programs that train one network after another."""
+    Block.forward = _PLAIN  # type: ignore[method-assign]
+    compile_blocks.cache_clear()

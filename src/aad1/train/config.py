@@ -12,11 +12,12 @@ from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.joint import JointConfig
 from aad1.stages.ode_init import OdeInitConfig
 from aad1.stages.pretrain import PretrainConfig
 from aad1.worlds.sprites import SpritesConfig
 
-StageConfig = PretrainConfig | OdeInitConfig | DmdConfig | AdversarialConfig
+StageConfig = PretrainConfig | OdeInitConfig | DmdConfig | AdversarialConfig | JointConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,8 @@ class Experiment:
     """Steps in a row that may be left out because a loss or gradient is not finite."""
     accept_changes: bool = False
     """Continue a run although its settings differ from those of the checkpoint."""
+    device_noise: bool = False
+    """Draw noise on the training device: faster for small networks, other numbers than on a CPU."""
     log_every: int = 10
     sample_every: int = 0
     """Updates between sample sheets; 0: at the end only."""

@@ -65,12 +65,14 @@ class Trainer:
         keep_gathered: bool = True,
         average_on_cpu: bool = False,
         moments_on_cpu: bool = False,
+        device_noise: bool = False,
     ) -> None:
         self.stage, self.source, self.config = stage, source, config
         self.modules, self.seed, self.device, self.bf16 = dict(modules), seed, device, bf16
         self.critic_warmup, self.max_skipped = critic_warmup, max_skipped
         self.processes = processes or Processes()
         self.keep_gathered = keep_gathered
+        self.noise_device = device if device_noise else torch.device("cpu")
         self.samples, self.micro = share(
             config.batch * config.accumulate, config.batch, self.processes.shape.dp
         )
@@ -223,7 +225,7 @@ class Trainer:
     def _noise(self, role: str, index: int, number: int) -> SampleNoise:
         step = (self.seed, role, self.update, index)
         seeds = [key(*step, n) for n in range(number, number + self.micro)]
-        return SampleNoise(seeds, shared=key(*step))
+        return SampleNoise(seeds, shared=key(*step), device=self.noise_device)
 
     def _means(self, seen: list[Logs]) -> Logs:
         """Logs over the micro-batches of all processes."""

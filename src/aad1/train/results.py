@@ -17,6 +17,7 @@ from aad1.pipeline import ModelInfo, Pipeline, weights_hash
 from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial
 from aad1.stages.base import Conditioner, Stage
+from aad1.stages.joint import Joint
 from aad1.train.loop import Trainer
 from aad1.train.monitor import Validation
 from aad1.train.setup import Setup
@@ -49,7 +50,7 @@ class Results:
         values: dict[str, float] = {}
         if self.processes.main:
             values = validation.measure(validation.decode(latents))
-        if isinstance(stage, Adversarial):
+        if isinstance(stage, Adversarial | Joint):
             real = validation.batch
             with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.bf16):
                 gap = stage.heldout_gap(real.latents, latents, real.captions, validation.together)

@@ -62,6 +62,7 @@ class Run:
             bf16=setup.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
             processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
             average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
+            device_noise=e.device_noise,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():
@@ -116,7 +117,7 @@ class Run:
         """
         e, sums = self.experiment, _Means()
         # Stages II and III roll out their own frames.
-        watched = self.setup.stage_name in ("dmd", "aad") and e.monitor.every > 0
+        watched = self.setup.stage_name in ("dmd", "aad", "joint") and e.monitor.every > 0
         while trainer.update < e.optim.updates:
             if e.max_minutes:
                 spent = (time.monotonic() - began) / (60 * e.max_minutes)

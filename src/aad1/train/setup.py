@@ -23,6 +23,7 @@ from aad1.rollout.stream import Rollout, RolloutFn
 from aad1.stages.adversarial import Adversarial, AdversarialConfig
 from aad1.stages.base import Conditioner, Stage, roll_out
 from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
+from aad1.stages.joint import Joint, JointConfig
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
 from aad1.train.config import Experiment, WanData
@@ -36,6 +37,7 @@ STAGE_NAMES = {
     OdeInitConfig: "ode",
     DmdConfig: "dmd",
     AdversarialConfig: "aad",
+    JointConfig: "joint",
 }
 
 
@@ -155,7 +157,7 @@ class Setup:
         if isinstance(config, OdeInitConfig):
             ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
             return ode, self._trajectories(log), modules
-        source = self.world.train()
+        source = self.world.train(getattr(config, "rollout_frames", 0))
         if isinstance(config, PretrainConfig):
             assert isinstance(self.text, WordEncoder)
             modules["text"] = self.text
@@ -172,8 +174,14 @@ class Setup:
             distribute(real, self.processes)
             return DmdWarmup(rollout, real, fake, self.conditioner, config, run), source, modules
         modules["discriminator"] = critic = self._discriminator()
+        if isinstance(config, JointConfig):
+            real = self.teacher_network(trained=False)
+            distribute(real, self.processes)
+            return Joint(rollout, real, critic, self.conditioner, config, run), source, modules
         config = config.settled(e.checkpoint_blocks)
-        return Adversarial(rollout, critic, self.conditioner, config, run), source, modules
+        stretch = self.world.frames if config.rollout_frames else None
+        adversarial = Adversarial(rollout, critic, self.conditioner, config, run, stretch)
+        return adversarial, source, modules
 
     def _discriminator(self) -> Discriminator:
         """On the teacher's weights, or the student's if it is causal."""

@@ -57,7 +57,8 @@ class World:
     large = False
     """Clips too large to be rolled out many at a time, or to be captured in a CUDA graph."""
 
-    def train(self) -> Source:
+    def train(self, frames: int = 0) -> Source:
+        """Training clips; frames: longer than the world's, for those that can (0: as they are)."""
         raise NotImplementedError
 
     def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:
@@ -84,8 +85,8 @@ class SpritesWorld(World):
         clips, _ = sprites.draw(config, count, seed=seed, start=start, device=self.device)
         return clips.video, Batch(self.codec.encode(clips.video), clips.captions)
 
-    def train(self) -> Source:
-        return _SpritesSource(self)
+    def train(self, frames: int = 0) -> Source:
+        return _SpritesSource(self, replace(self.config, frames=frames or self.frames))
 
     def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:
         config = replace(self.config, frames=frames or self.config.frames)
@@ -93,12 +94,12 @@ class SpritesWorld(World):
 
 
 class _SpritesSource:
-    def __init__(self, world: SpritesWorld) -> None:
-        self.world = world
+    def __init__(self, world: SpritesWorld, config: sprites.SpritesConfig) -> None:
+        self.world, self.config = world, config
 
     def batch(self, position: int, count: int) -> Batch:
         world = self.world
-        return world._draw(world.config, key("train", world.seed) >> 2, position, count)[1]
+        return world._draw(self.config, key("train", world.seed) >> 2, position, count)[1]
 
 
 class ShardSource:
@@ -134,7 +135,9 @@ class LatentWorld(World):
         self.size = (height * stride, width * stride)
         self.words = vocabulary({c for clip in self._train.captions for c in clip})
 
-    def train(self) -> Source:
+    def train(self, frames: int = 0) -> Source:
+        if frames > self.frames:
+            raise UserError(f"{self.data.train} has clips of {self.frames} frames, not {frames}")
         return ShardSource(self._train.read_tensors(), self._train.captions, self.seed, self.device)
 
     def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:

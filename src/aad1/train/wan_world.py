@@ -118,7 +118,9 @@ class WanWorld(World):
         """Looks prompts up; its null prompt is the stored negative one."""
         return StoredConditioner(self.text, geometry, self.text.negative)
 
-    def train(self) -> Source:
+    def train(self, frames: int = 0) -> Source:
+        if frames > self.frames:
+            raise UserError(f"{self.data.train} has clips of {self.frames} frames, not {frames}")
         shards = _open(self.data.train, "data.train", "videos")
         self._fits(shards, self.data.train)
         return ClipSource(shards, self.seed, self.device)

@@ -11,6 +11,7 @@ import torch
 
 from aad1.errors import UserError
 from aad1.evaluate.compare import (
+    CONSISTENCY,
     DRIFT,
     METRICS,
     MOTION,
@@ -23,6 +24,7 @@ from aad1.evaluate.compare import (
 )
 from aad1.evaluate.frechet import temporal_features
 from aad1.evaluate.measure import Measured, measure
+from aad1.evaluate.networks import for_world
 from aad1.evaluate.report import Gaussian
 from aad1.worlds.sprites import SpritesConfig, draw
 
@@ -129,6 +131,36 @@ def test_static_videos_win_what_M_must_stand_beside(
         assert own["M"].value == own[name].M, name
     assert own["FDtd"].M is None
     assert own["FDtd"].value > 20 * own["FDtd"].floor
+
+
+def test_the_networks_figures() -> None:
+    """Real clips lie at the floor; still ones are perfectly consistent, and M says so beside; and
+    without networks there is a reason instead of a number."""
+    networks = for_world("sprites")
+    real, other, made = (draw(CONFIG, N, seed=s)[0].video for s in (1, 2, 3))
+
+    def seen(video: torch.Tensor, name: str) -> Measured:
+        keys = [f"{name} {i}" for i in range(N)]
+        return measure(video, fps=4, keys=keys, networks=networks)
+
+    reference = Reference.of(seen(real, "real"))
+    chosen = [METRICS["M"], METRICS["FD_motion"], *CONSISTENCY]
+    true = compare(seen(made, "clip"), reference, seen(other, "other"), chosen, resamples=200)
+    frozen = seen(made[:, :1].expand_as(made), "clip")
+    still = compare(frozen, reference, None, chosen, resamples=0)
+    still = beside(still, still["M"])
+    assert true["FD_motion"].value / true["FD_motion"].floor < 3  # type: ignore[operator]
+    assert still["FD_motion"].value > 4 * true["FD_motion"].floor  # type: ignore[operator]
+    for metric in CONSISTENCY:
+        assert still[metric.name].value == pytest.approx(1, abs=1e-4)
+        assert still[metric.name].value > true[metric.name].value  # type: ignore[operator]
+        assert still["M"].value == still[metric.name].M
+        assert true[metric.name].interval is not None
+    blind = measure(made, fps=4, keys=[f"clip {i}" for i in range(N)])
+    figures = compare(blind, reference, None, chosen, resamples=0)
+    for name in ("FD_motion", "consistency_subject"):
+        assert figures[name].value is None
+        assert figures[name].reason.startswith("there are no metric networks")
 
 
 def test_other_shapes_are_refused(reference: Reference) -> None:

@@ -23,6 +23,7 @@ from aad1.evaluate.measure import (
     stride_for,
 )
 from aad1.evaluate.motion import grey, motion, quarter
+from aad1.evaluate.networks import for_world
 from aad1.worlds.sprites import SpritesConfig, draw
 
 CONFIG = SpritesConfig(size=32, frames=13)
@@ -45,8 +46,11 @@ def test_a_table_holds_what_the_metrics_give(videos: torch.Tensor) -> None:
 
 def test_measuring_one_by_one_is_the_same(videos: torch.Tensor) -> None:
     keys = [str(i) for i in range(10)]
-    whole = measure(videos, fps=4, keys=keys)
-    single = measure_all(((k, "", v) for k, v in zip(keys, videos, strict=True)), fps=4)
+    networks = for_world("sprites")
+    whole = measure(videos, fps=4, keys=keys, networks=networks)
+    one_by_one = ((k, "", v) for k, v in zip(keys, videos, strict=True))
+    single = measure_all(one_by_one, fps=4, networks=networks)
+    assert whole.consistency.shape == (10, 4) and whole.motion.shape == (10, 1, 16)
     for name in TENSORS:
         assert torch.allclose(getattr(whole, name), getattr(single, name), atol=1e-5), name
 
@@ -123,3 +127,20 @@ def test_a_stride_does_not_hide_frames_that_come_in_pairs() -> None:
 def test_nothing_to_measure_is_an_error() -> None:
     with pytest.raises(UserError, match="no videos"):
         measure_all([], fps=4)
+
+
+def test_files_from_before_the_networks_are_read(tmp_path: Path, videos: torch.Tensor) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    measured = measure(videos[:3], fps=4, keys=list("abc"), networks=for_world("sprites"))
+    measured.save(tmp_path / "new.safetensors")
+    again = Measured.load(tmp_path / "new.safetensors")
+    assert torch.allclose(again.motion, measured.motion, atol=1e-2)
+    assert torch.allclose(again.consistency, measured.consistency, atol=1e-6)
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+        old = {n: file.get_tensor(n) for n in TENSORS if n not in ("consistency", "motion")}
+        save_file(old, tmp_path / "old.safetensors", file.metadata())
+    without = Measured.load(tmp_path / "old.safetensors")
+    assert without.consistency.shape == (3, 0) and without.motion.shape == (3, 0, 0)
+    assert torch.equal(without.magnitude, again.magnitude)

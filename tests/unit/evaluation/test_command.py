@@ -37,7 +37,8 @@ def run(*args: str | Path) -> int:
 def test_two_folders(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(*folders, "--out", tmp_path / "out", "--device", "cpu") == 0
+    world = ("--world", "sprites")
+    assert run(*folders, *world, "--out", tmp_path / "out", "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "motion ratio M" in printed and "N 16  real" in printed
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -45,6 +46,11 @@ def test_two_folders(
     assert 0.6 < figures["M"]["value"] < 1.6
     assert figures["FDtd"]["value"] > 0
     assert figures["drift_5s"]["value"] is None and "5 s" in figures["drift_5s"]["reason"]
+    assert figures["FD_motion"]["value"] > 0
+    assert 0.3 < figures["consistency_subject"]["value"] < 1
+    assert figures["consistency_subject"]["M"] == figures["M"]["value"]
+    row = (tmp_path / "out" / "videos.csv").read_text().splitlines()[0]
+    assert "consistency_first_frame" in row
     assert record["facts"]["paired by name"] is True
     assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
 
@@ -60,6 +66,8 @@ def test_a_static_folder_is_told(
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     figures = record["sections"]["videos"]["figures"]
     assert figures["S"]["value"] == 1.0
+    assert figures["consistency_subject"]["value"] is None  # nobody said which world it is
+    assert "no metric networks" in figures["consistency_subject"]["reason"]
     assert figures["M"]["value"] < 0.05
     assert figures["smoothness"]["M"] == figures["M"]["value"]
 
@@ -104,6 +112,7 @@ def test_bad_folders(
         ((), "exactly one"),
         (("a",), "two folders"),
         (("a", "b", "--model", "doom"), "exactly one"),
+        (("a", "b", "--world", "mars"), "--world must be sprites or doom"),
         (("--model", "doom", "--clips", "0"), "--clips must be at least 1"),
         (("--model", "doom", "--long-clips", "-1"), "--long-clips must be at least 0"),
         (("--model", "doom", "--long-seconds", "0"), "--long-seconds must be above 0"),

@@ -14,10 +14,11 @@ import torch
 
 from aad1.errors import UserError
 from aad1.evaluate.compare import QUALITY, compare
+from aad1.evaluate.measure import stride_for
 from aad1.evaluation.model import Plan, chunks_for, evaluate_model, rollouts
 from aad1.evaluation.page import number, page
 from aad1.evaluation.result import Result
-from aad1.evaluation.worlds import RealWorld, drawn, pack, packaged, recorded
+from aad1.evaluation.worlds import RealWorld, drawn, pack, packaged, packaged_folder, recorded
 from aad1.pipeline import Pipeline
 from aad1.worlds.sprites import SpritesConfig
 from aad1.worlds.write import write_world
@@ -138,6 +139,17 @@ def test_a_packed_world_judges_like_the_one_it_was_made_from(
                 assert other.value == pytest.approx(figure.value, rel=0.02, abs=1e-3), metric
     with pytest.raises(UserError, match="9 is more than the 4 packaged"):
         packaged(tmp_path, clips=9)
+
+
+def test_what_the_package_carries_is_measured_as_videos_are_today() -> None:
+    """Statistics of another stride, or without the networks' figures, would refuse every model."""
+    folder = packaged_folder("doom")
+    world = packaged(folder, clips=1)
+    for videos in (world.short.reference.videos, world.long.reference.videos):  # type: ignore[union-attr]
+        assert videos.stride == stride_for(videos.frames)
+        assert videos.consistency.shape == (len(videos), 4)
+        assert videos.motion.shape[1] == videos.frames // 15 and bool(videos.motion.any())
+    assert world.networks is not None and world.short.reference.motion is not None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""Every run of the experiments, in the order in which they are done.
+
+A run is an arm with a seed. Arms of one seed start from the same stage II model of that seed and
+see the same clips in the same order, so they are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aad1.presets import preset
+from aad1.presets.ablations import PENALTIES
+from aad1.stages.pretrain import PretrainConfig
+from aad1.train.config import Experiment
+from aad1.train.record import to_plain
+
+GATE_SEED = 1000
+"""Of the runs on which settings may be chosen; no arm has it."""
+TEACHER = "teacher-s0"
+GROUPS = (
+    "teacher", "gate", "A and C", "2x2 and warm-up", "joint", "weights", "steps", "long", "doom"
+)  # fmt: skip
+"""In the order in which they are run; all after the gate need it passed."""
+
+TITLES = {
+    "teacher": "teacher, sampled in 24 steps from the real first frame",
+    "stage1": "stage I",
+    "stage2": "stage II",
+    "gate-stage2": "stage II, on validation clips",
+    "gate-C": "full method, on validation clips",
+    "A": "causal, frame-wise discriminator",
+    "B": "causal, video-wise",
+    "C": "bidirectional, video-wise: the full method",
+    "D": "bidirectional, frame-wise",
+    "no_warmup": "no DMD warm-up, equal generator updates",
+    "no_warmup_compute": "no DMD warm-up, equal compute",
+    "joint": "DMD and GAN at once, equal generator updates",
+    "joint_compute": "DMD and GAN at once, equal compute",
+    **{f"weight_{w}": f"regulariser weight {w}" for w in PENALTIES},
+    "stage1_two_steps": "stage I, 2 steps",
+    "stage2_two_steps": "stage II, 2 steps",
+    "two_steps": "full method, 2 steps",
+    "stage1_four_steps": "stage I, 4 steps",
+    "stage2_four_steps": "stage II, 4 steps",
+    "four_steps": "full method, 4 steps",
+    "doom_teacher": "doom: teacher, sampled in 24 steps from the real first frame",
+    "doom_stage1": "doom: stage I",
+    "doom_stage2": "doom: stage II",
+    "doom_A": "doom: causal, frame-wise discriminator",
+    "doom_C": "doom: the full method",
+    "doom_no_warmup": "doom: no DMD warm-up, equal generator updates",
+    "long_rollout": "trained on rollouts of twice the length (exploratory)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One run: what is trained, from what, and which group it belongs to."""
+
+    key: str
+    seed: int
+    group: str
+    experiment: Experiment
+    """Without folders; `placed` fills them in."""
+    parent: str = ""
+    """Name of the run that it starts from."""
+    label: str = ""
+    """Of a trial of other settings."""
+    teacher: str = TEACHER
+    """Name of the run whose model is its teacher."""
+    equal_compute: bool = False
+    """Its number of updates is what takes as long as stages II and III of its seed."""
+
+    @property
+    def name(self) -> str:
+        """What its folder and its results are called."""
+        label = f"-{self.label}" if self.label else ""
+        return f"{self.key}{label}-s{self.seed}"
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.key]
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it is trained from scratch."""
+        return isinstance(self.experiment.stage, PretrainConfig)
+
+    def placed(
+        self, runs: Path, updates: int, teacher: Path | None, init: Path | None
+    ) -> Experiment:
+        """The experiment with its folders and its number of updates."""
+        e = replace(self.experiment, name=self.name, out=runs, seed=self.seed)
+        optim = replace(e.optim, updates=updates)
+        return replace(e, optim=optim, teacher=teacher, init=init)
+
+    def settings(self) -> dict[str, Any]:
+        """All that its numbers hang on, as plain data."""
+        plain = to_plain(replace(self.experiment, name=self.key, seed=self.seed))
+        for name in ("out", "teacher", "init", "device"):
+            del plain[name]
+        return {**plain, "parent": self.parent, "equal_compute": self.equal_compute}
+
+
+def hashes(arms: list[Arm]) -> dict[str, str]:
+    """Name -> a hash of its settings and of all that it starts from; tells results apart."""
+    by_name = {arm.name: arm for arm in arms}
+    found: dict[str, str] = {}
+
+    def of(name: str) -> str:
+        if name not in found:
+            arm = by_name[name]
+            text = json.dumps(arm.settings(), sort_keys=True)
+            if not arm.is_teacher:
+                text += of(arm.teacher) + of(arm.parent)
+            found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return found[name]
+
+    for arm in arms:
+        of(arm.name)
+    return found
+
+
+DOOM_UPDATES = 120
+"""Of stage III on doom: an earlier run was best between 100 and 150 (docs/log.md)."""
+DOOM_SEEDS = 2
+
+
+def plan(prefix: str = "evidence", first: int = 4, rest: int = 3) -> list[Arm]:
+    """All runs in order. first: seeds of A to D and no warm-up; rest: seeds of all others.
+
+    The external check on the game world comes last, and is not part of the tiny plan.
+    """
+    return [*_plan(prefix, first, rest), *(_doom() if prefix == "evidence" else ())]
+
+
+def _doom() -> Iterator[Arm]:
+    """The headline arms on recorded clips, at settings found before any of them was run."""
+
+    def arm(key: str, seed: int, run: str, parent: str = "", updates: int = 0) -> Arm:
+        e = replace(preset(f"doom-{run}"), checkpoint_every=100_000)
+        if updates:
+            e = replace(e, optim=replace(e.optim, updates=updates))
+        return Arm(key=f"doom_{key}", seed=seed, group="doom", experiment=e, parent=parent,
+                   teacher="doom_teacher-s0")  # fmt: skip
+
+    warmup = preset("doom-dmd").optim.updates
+    yield arm("teacher", 0, "teacher")
+    yield arm("stage1", 0, "ode", "doom_teacher-s0")
+    for seed in range(DOOM_SEEDS):
+        yield arm("stage2", seed, "dmd", "doom_stage1-s0")
+        yield arm("A", seed, "aad-causal_frame", f"doom_stage2-s{seed}", DOOM_UPDATES)
+        yield arm("C", seed, "aad", f"doom_stage2-s{seed}", DOOM_UPDATES)
+        yield arm("no_warmup", seed, "aad-no_warmup", "doom_stage1-s0", DOOM_UPDATES + warmup)
+
+
+def _plan(prefix: str, first: int, rest: int) -> Iterator[Arm]:
+    def arm(key: str, seed: int, group: str, run: str, parent: str = "", **more: Any) -> Arm:
+        e = preset(f"{prefix}-{run}")
+        updates = more.pop("updates", None)
+        if updates:
+            e = replace(e, optim=replace(e.optim, updates=updates))
+        return Arm(key=key, seed=seed, group=group, experiment=e, parent=parent, **more)
+
+    both = sum(preset(f"{prefix}-{run}").optim.updates for run in ("dmd", "aad"))
+    yield arm("teacher", 0, "teacher", "teacher")
+    yield arm("stage1", 0, "teacher", "ode", "teacher-s0")
+    yield arm("gate-stage2", GATE_SEED, "gate", "dmd", "stage1-s0")
+    yield arm("gate-C", GATE_SEED, "gate", "aad", f"gate-stage2-s{GATE_SEED}")
+    for seed in range(first):
+        yield arm("stage2", seed, "A and C", "dmd", "stage1-s0")
+        yield arm("A", seed, "A and C", "aad-causal_frame", f"stage2-s{seed}")
+        yield arm("C", seed, "A and C", "aad", f"stage2-s{seed}")
+    for seed in range(first):
+        group, parent = "2x2 and warm-up", f"stage2-s{seed}"
+        yield arm("B", seed, group, "aad-causal_video", parent)
+        yield arm("D", seed, group, "aad-bidirectional_frame", parent)
+        yield arm("no_warmup", seed, group, "aad-no_warmup", "stage1-s0", updates=both)
+        yield arm(
+            "no_warmup_compute", seed, group, "aad-no_warmup", "stage1-s0", equal_compute=True
+        )
+    for seed in range(rest):
+        yield arm("joint", seed, "joint", "joint", "stage1-s0", updates=both)
+        yield arm("joint_compute", seed, "joint", "joint", "stage1-s0", equal_compute=True)
+    for seed in range(rest):
+        for weight in PENALTIES:
+            run = f"aad-penalty_{weight}"
+            yield arm(f"weight_{weight}", seed, "weights", run, f"stage2-s{seed}")
+    for steps in ("four_steps", "two_steps"):
+        yield arm(f"stage1_{steps}", 0, "steps", f"ode-{steps}", "teacher-s0")
+        for seed in range(rest):
+            yield arm(f"stage2_{steps}", seed, "steps", f"dmd-{steps}", f"stage1_{steps}-s0")
+            yield arm(steps, seed, "steps", f"aad-{steps}", f"stage2_{steps}-s{seed}")
+    for seed in range(rest):
+        yield arm("long_rollout", seed, "long", "aad-long_rollout", f"stage2-s{seed}")
+
+
+def settings_hash(arms: list[Arm]) -> str:
+    """Of all runs together: what the gate was passed with."""
+    found = hashes(arms)
+    text = " ".join(found[arm.name] for arm in arms)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
