@@ -29,8 +29,8 @@ class ModelInfo:
     height: int
     fps: float
     stage: str
-    """"teacher" (bidirectional, does not stream), "ode", "dmd", "aad", or "distilled" (elsewhere,
-    by a method of its own)."""
+    """"teacher" (bidirectional, does not stream), "ode", "dmd", "aad", "joint" (stages II and III
+    at once), or "distilled" (elsewhere, by a method of its own)."""
     updates: int = 0
     sha256: str = ""
     """Hash of the generator's weights; empty for weights that were not made here."""

@@ -235,7 +235,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
         (lambda d: d.update(width=0), "width must be at least 1, got 0"),
         (lambda d: d.update(width="wide"), "'<' not supported"),
         (lambda d: d.update(fps=-1), "fps must be above 0, got -1"),
-        (lambda d: d.update(stage="best"), "dmd, aad, distilled, got 'best'"),
+        (lambda d: d.update(stage="best"), "dmd, aad, joint, distilled, got 'best'"),
         (lambda d: d.update(sigmas=[1, "x"]), "could not convert"),
         (lambda d: d.update(colour=1), "colour"),
         (lambda d: d.pop("world"), "world"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from aad1.evidence import gate, run
 from aad1.evidence.__main__ import main
 from aad1.evidence.arms import Arm, plan
 from aad1.evidence.measure import TINY, controls, evaluate_student, recorded_clips
+from aad1.evidence.report import write
 from aad1.evidence.results import Record, load, load_all
 from aad1.evidence.run import Runner, Settings, curves, missing_data, thinned
 from aad1.models.codec import PixelCodec
@@ -106,8 +108,6 @@ def test_finished_runs_are_skipped_and_a_cut_off_one_is_done_again(done: Path) -
 
 
 def test_weights_that_are_missing_are_made_again_and_results_stay(done: Path) -> None:
-    import shutil
-
     results = {p: p.read_bytes() for p in (done / "results").glob("*.json")}
     shutil.rmtree(next((done / "work" / "models").glob("stage2-s0-*")))
     assert runner(done, (*ARMS, "D-s0")).run() == 1
@@ -277,8 +277,6 @@ def test_the_gate() -> None:
 def test_no_arm_runs_before_the_gate(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     shutil.copytree(done, tmp_path / "copy")
     root = tmp_path / "copy"
     for path in (root / "results").glob("*.json"):
@@ -412,3 +410,28 @@ def test_runs_without_their_data_are_left_out(
     )
     assert Runner(arms, settings).run() == 0
     assert "doom_C-s1: no data" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_kind_of_arm_runs_and_is_reported(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    root = tmp_path / "copy"
+    kinds = (
+        "B", "D", "no_warmup", "no_warmup_compute", "joint", "joint_compute", "weight_200",
+        "stage1_four_steps", "stage2_four_steps", "four_steps", "stage1_two_steps",
+        "stage2_two_steps", "two_steps", "long_rollout",
+    )  # fmt: skip
+    names = (*ARMS, *(f"{key}-s0" for key in kinds))
+    runner(root, names).run()
+    records = load_all([root / "results"])
+    for name in names:
+        assert records[name].status == "done", records[name].error
+    joint = records["joint-s0"]
+    assert {"train/gap", "train/fake", "heldout_gap", "M"} <= joint.curves.keys()
+    assert records["four_steps-s0"].settings["sigmas"] == [1.0, 0.9375, 0.8333333333333334, 0.625]
+    assert "longest" in records["long_rollout-s0"].figures
+    assert records["no_warmup-s0"].updates == 4
+    write(root / "results", root / "evidence.md", "evidence-tiny")
+    text = (root / "evidence.md").read_text()
+    assert "| joint, seed 0 |" in text and "reproduced" not in text
+    assert (root / "results" / "curves-warm-up-heldout_gap.svg").exists()
