@@ -85,6 +85,9 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
     tell(f"{len(long_starts)} rollouts of {long_chunks} chunks")
     whole, first, last = [], [], []
     psnr: list[float] = []
+    drawn = world.state is not None
+    kept: list[Tensor] = []
+    """Short videos of a drawn world, or the beginnings of long ones, in the order of `starts`."""
     for start, video in zip(
         long_starts, rollouts(pipe, long_starts, seeds, long_chunks), strict=True
     ):
@@ -92,6 +95,8 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
         psnr.append(_psnr(video[0], start.image))
         first.append(_measure(video[: real.frames], start, world, pipe))
         last.append(_measure(video[-real.frames :], start, world, pipe))
+        if drawn:
+            kept.append(video[: real.frames])
         if len(pictures) < 4:
             seconds = len(video) / world.fps
             pictures.append(Picture(title=f"{start.prompt} ({seconds:.0f} s)", generated=video))
@@ -101,14 +106,14 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
         (start, picture.generated[: real.frames])
         for start, picture in zip(long_starts, pictures, strict=False)
     ]
-    kept: list[Tensor] = []
     for start, video in zip(
         rest, rollouts(pipe, rest, seeds[len(long_starts) :], chunks), strict=True
     ):
         first.append(_measure(video, start, world, pipe))
         if len(shown) < 8:
             shown.append((start, video))
-        kept.append(video)
+        if drawn:
+            kept.append(video)
         psnr.append(_psnr(video[0], start.image))
     short_pictures = [
         Picture(
@@ -126,8 +131,9 @@ def evaluate_model(pipe: Pipeline, world: RealWorld, plan: Plan, tell: Tell) -> 
     if plan.repeated and plan.samples > 1:
         sections.append(_diversity(pipe, world, plan, chunks, tell))
     if world.state is not None and world.truth is not None:
-        made = torch.stack([video for _, video in shown[: len(long_starts)]] + kept)
-        sections.append(oracle_section(made, starts, world.truth, world.state, world.short))
+        sections.append(
+            oracle_section(torch.stack(kept), starts, world.truth, world.state, world.short)
+        )
     facts = {
         "model": f"stage {pipe.info.stage}, {pipe.info.updates} updates, {pipe.info.sha256[:12]}",
         "world": world.name,
@@ -176,8 +182,8 @@ def rollouts(
 
     prompts: captions per chunk instead of the starts' own.
     """
-    for rows in torch.arange(len(starts)).split(_TOGETHER):
-        index = rows.tolist()
+    for begin in range(0, len(starts), _TOGETHER):
+        index = range(begin, min(begin + _TOGETHER, len(starts)))
         images = torch.stack([starts[i].image for i in index])[:, None].to(pipe.device)
         captions = [starts[i].captions if prompts is None else prompts[i] for i in index]
         latents = pipe.generate_latents(

@@ -109,6 +109,14 @@ def test_long_must_not_be_shorter(pipe: Pipeline, world: RealWorld) -> None:
         evaluate_model(pipe, world, replace(PLAN, long_seconds=1), print)
 
 
+def test_the_oracle_sees_the_beginning_of_every_long_video(
+    pipe: Pipeline, world: RealWorld
+) -> None:
+    plans = (replace(PLAN, long_clips=n, steered=0, repeated=0) for n in (1, 5))
+    few, many = (evaluate_model(pipe, world, plan, print).section("oracle") for plan in plans)
+    assert few.figures == many.figures
+
+
 def test_another_size_is_refused(tiny_pipeline: Build, world: RealWorld) -> None:
     with pytest.raises(UserError, match="makes 24x24 pixels, the real videos have 16x16"):
         evaluate_model(tiny_pipeline(size=24), world, PLAN, print)
