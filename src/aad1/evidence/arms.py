@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,38 @@ class Arm:
         return {**plain, "parent": self.parent, "equal_compute": self.equal_compute}
 
 
+def given(value: Any) -> Any:
+    """A config as plain data, without what has its default value."""
+    if is_dataclass(value) and not isinstance(value, type):
+        out = {"type": type(value).__name__}
+        for f in fields(value):
+            own = getattr(value, f.name)
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if own != default:
+                out[f.name] = given(own)
+        return out
+    if isinstance(value, tuple):
+        return [given(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def hashes(arms: list[Arm]) -> dict[str, str]:
-    """Name -> a hash of its settings and of all that it starts from; tells results apart."""
+    """Name -> a hash of its settings and of all that it starts from; tells results apart.
+
+    Settings at their default are not in it, so one that is added to the code later changes no hash.
+    """
     by_name = {arm.name: arm for arm in arms}
     found: dict[str, str] = {}
 
     def of(name: str) -> str:
         if name not in found:
             arm = by_name[name]
-            text = json.dumps(arm.settings(), sort_keys=True)
+            e = replace(
+                arm.experiment, name=arm.key, seed=arm.seed, out=Path("out"), device="auto",
+                teacher=None, init=None,
+            )  # fmt: skip
+            facts = [given(e), arm.parent, arm.equal_compute]
+            text = json.dumps(facts, sort_keys=True)
             if not arm.is_teacher:
                 text += of(arm.teacher) + of(arm.parent)
             found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]

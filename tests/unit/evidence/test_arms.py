@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, make_dataclass, replace
 
 import pytest
 
+from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
-from aad1.evidence.arms import GROUPS, TITLES, hashes, plan, settings_hash
+from aad1.evidence.arms import GROUPS, TITLES, given, hashes, plan, settings_hash
 from aad1.evidence.gate import trial
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.joint import JointConfig
@@ -65,6 +66,24 @@ def test_the_hash_sees_settings_and_parents_and_no_folder() -> None:
     moved = [replace(a, experiment=replace(a.experiment, device="cpu")) for a in arms]
     assert settings_hash(moved) == settings_hash(arms)
     assert before["A-s0"] != before["A-s1"]
+
+
+def test_a_setting_that_is_added_later_changes_no_hash() -> None:
+    @dataclass(frozen=True)
+    class Before:
+        rate: float
+        steps: tuple[int, ...] = (1, 2)
+        inner: ChunkGeometry = field(default_factory=ChunkGeometry)
+
+    After = make_dataclass(
+        "Before", [("added", bool, field(default=False))], bases=(Before,), frozen=True
+    )
+    assert given(Before(0.1)) == given(After(0.1)) == {"type": "Before", "rate": 0.1}
+    changed = After(0.1, steps=(3,), inner=ChunkGeometry(window=13), added=True)
+    assert given(changed) == {
+        "type": "Before", "rate": 0.1, "steps": [3], "added": True,
+        "inner": {"type": "ChunkGeometry", "window": 13},
+    }  # fmt: skip
 
 
 def test_a_trial_changes_what_it_names_and_what_comes_after() -> None:
