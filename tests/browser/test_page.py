@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from aad1.media import read_video
 from aad1.pipeline import PACKAGED, Pipeline
-from aad1.serve.facts import read_facts
+from aad1.serve.facts import Facts, read_facts
 from aad1.serve.model import PipelineModel
 from aad1.serve.run import background
 from aad1.serve.server import create_app
 from browser.find import find_browser
+from serve_fakes import FakeModel
 
 BROWSER = find_browser()
 pytestmark = [
@@ -100,7 +102,7 @@ def test_drop_steer_record_download(page: Any, tmp_path: Path) -> None:
     assert pixels(page) != first
 
     page.click("#record")
-    page.wait_for_selector("#record[aria-pressed=true]")
+    page.wait_for_selector("#record.on")
     steer = seen(page, "steer")
     page.keyboard.press("ArrowRight")
     wait(page, "steer", steer + 1)
@@ -134,6 +136,89 @@ def test_drop_steer_record_download(page: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#pause:disabled")
 
 
+def test_keys_mean_what_they_say_after_clicks_and_releases(page: Any) -> None:
+    page.click("#start")
+    wait(page, "frames", 4)
+    page.evaluate("""() => {
+        const real = WebSocket.prototype.send;
+        window.sent = [];
+        WebSocket.prototype.send = function (text) {
+            window.sent.push(JSON.parse(text).type); real.call(this, text);
+        };
+    }""")
+    page.keyboard.press("Space")  # stand still, and not Start again
+    page.wait_for_function("document.getElementById('prompt').value === 'stand still'")
+    assert page.get_attribute("#keys [data-key=still]", "aria-pressed") == "true"
+    page.keyboard.down("ArrowUp")
+    page.keyboard.down("ArrowLeft")
+    assert page.input_value("#prompt") == "turn left while walking"
+    page.keyboard.up("ArrowLeft")  # the other one is still held
+    assert page.input_value("#prompt") == "walk forward"
+    page.keyboard.up("ArrowUp")
+    assert page.input_value("#prompt") == "walk forward"
+    assert page.evaluate("window.sent") == ["prompt"] * 4
+    page.focus("#stop")
+    page.keyboard.press("Enter")  # who uses the keyboard keeps the focus
+    assert page.evaluate("document.activeElement.id") in ("stop", "")
+    page.wait_for_selector("#pause:disabled")
+
+
+def test_a_file_dropped_beside_the_picture_leaves_the_page_alone(page: Any) -> None:
+    left = page.evaluate(
+        """() => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File(["x"], "x.png", { type: "image/png" }));
+            const event = new DragEvent("drop", { dataTransfer: transfer, bubbles: true,
+              cancelable: true });
+            return document.querySelector("header").dispatchEvent(event);
+        }"""
+    )
+    assert not left  # dispatchEvent: false if the default was prevented
+
+
+def test_without_the_token_the_page_says_so(browser: Any) -> None:
+    pipeline = Pipeline.from_pretrained("doom")
+    app = create_app(PipelineModel(pipeline), read_facts("doom", pipeline), token="open sesame")
+    with background(app) as url:
+        page = browser.new_page()
+        for query, word in (("", "missing"), ("?token=other", "wrong")):
+            page.goto(url + query)
+            page.wait_for_selector(f"#status.bad:has-text('address is {word}')")
+        page.goto(f"{url}?token=open%20sesame")
+        page.wait_for_selector("#start:enabled")
+        page.close()
+
+
+def test_the_rate_on_the_page_has_the_stalls_in_it(browser: Any) -> None:
+    """A chunk of 1 s takes 2 s: eight frames a second, whatever the bursts."""
+    facts = Facts(
+        name="slow", world="fake", width=16, height=16, fps=16.0, chunk_frames=16,
+        text_to_video=True,
+    )  # fmt: skip
+    slow = threading.Event()
+    model = FakeModel(lambda: time.sleep(2.0 if slow.is_set() else 0))
+    with background(create_app(model, facts)) as url:
+        slow.set()
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#start:enabled")
+        page.click("#start")
+        wait(page, "frames", 17)
+        page.wait_for_timeout(2000)
+        rates = []
+        for _ in range(20):
+            page.wait_for_timeout(300)
+            rates.append(seen(page, "fps"))
+        page.close()
+    assert sum(rates) / len(rates) == pytest.approx(8, rel=0.3)
+    assert max(rates) < 12  # the last 3 s have at most two chunks
+
+
+def test_a_server_that_falls_silent_is_noticed(page: Any) -> None:
+    page.evaluate("JSON.parse = () => ({ type: 'nothing' })")  # no message says anything
+    page.wait_for_selector("#status.bad:has-text('the server has sent nothing for')")
+
+
 def test_every_control_has_a_name_and_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     width = page.evaluate("document.documentElement.scrollWidth")
@@ -165,4 +250,8 @@ def test_a_viewer_watches_and_cannot_steer(page: Any, browser: Any) -> None:
     wait(viewer, "frames", 5)
     assert viewer.is_disabled("#start") and viewer.is_disabled("#record")
     assert viewer.is_hidden("#keys")
+    viewer.keyboard.press("ArrowLeft")  # not this viewer's to say
+    page.keyboard.press("ArrowRight")
+    viewer.wait_for_function("document.getElementById('prompt').value === 'turn right'")
+    assert viewer.is_hidden("#status.bad")
     viewer.close()

@@ -15,10 +15,13 @@ const PAD = ["up+left", "up", "up+right", "left", "still", "right", "strafe-left
   "strafe-right"];
 
 let socket, info, role = "owner", status = "idle", chosen = null, generation = -1, nextId = 1;
-let recording = false, last = {}, latestFrame = null;
+let recording = false, last = {}, latestFrame = null, ended = null;
 const asked = new Map();   // id of a command -> when it was sent
 const pending = [];        // switches whose first frame has not been drawn: {steer, time}
-const drawn = [];          // times of the last frames
+const drawn = [];          // times of the frames of the last WINDOW
+const WINDOW = 3000;       // milliseconds over which frames are counted, stalls included
+let countedFrom = null;    // the first frame since the video began or went on
+let heardAt = 0;           // when the server last sent its figures
 const latencies = [];      // {time, seconds}
 const rates = [];          // {time, fps}
 const held = new Set();
@@ -52,6 +55,7 @@ function connect() {
   socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
   let refused = null;
+  heardAt = performance.now();
   socket.onmessage = (event) => {
     if (typeof event.data !== "string") { frame(event.data); return; }
     const message = JSON.parse(event.data);
@@ -62,7 +66,10 @@ function connect() {
     status = "idle"; setStatus();
     for (const id of ["start", "send"]) $(id).disabled = true;
     if (refused && refused.code === "not_ready") { setTimeout(connect, 500); return; }
-    say(refused ? refused.message : "the connection has ended; reload the page to begin anew", true);
+    if (refused) say(refused.message, true);
+    else if (info) say(`${ended || "the connection has ended"}; reload the page to begin anew`, true);
+    else say(`no connection: the token in this page's address is ${token ? "wrong" : "missing"}, ` +
+      "or the server has stopped", true);
   };
 }
 
@@ -83,7 +90,7 @@ const heard = {
     const a = document.createElement("a");
     a.href = link; a.textContent = "link to this session"; a.style.color = "inherit";
     $("share").append(a);
-    say("choose a picture and press Start");
+    say("choose a picture and press Start, or drop one on the video");
   },
   ack(message) {
     const time = asked.get(message.id);
@@ -104,10 +111,15 @@ const heard = {
     if (message.code === "recording_failed") { recording = false; recordButton(); }
     say(message.message, true);
   },
-  status(message) { status = message.status; setStatus(); },
+  status(message) {
+    heardStatus(message.status);
+    if (role === "viewer") $("prompt").value = message.prompt;
+  },
   recorded(message) { recorded(message); recordButton(); },
-  ended() { say("the session has ended", true); },
-  stats(message) { last = message; status = message.status; setStatus(); figures(); },
+  ended(message) { ended = `the session has ended${message.reason ? `: ${message.reason}` : ""}`; },
+  stats(message) {
+    last = message; heardAt = performance.now(); heardStatus(message.status); figures();
+  },
 };
 
 function recorded(message) {
@@ -115,7 +127,7 @@ function recorded(message) {
   const link = $("download");
   link.href = url(message.url); link.download = "aad1.mp4"; link.hidden = false;
   link.textContent = `Download (${message.frames} frames, ${message.seconds.toFixed(1)} s)`;
-  say("recorded");
+  say(message.reason ? `the recording has ended: ${message.reason}` : "recorded", !!message.reason);
 }
 
 async function frame(buffer) {
@@ -130,8 +142,7 @@ async function frame(buffer) {
   $("screen").getContext("2d").drawImage(picture, 0, 0);
   picture.close();
   const now = performance.now();
-  drawn.push(now);
-  while (drawn.length && drawn[0] < now - 3000) drawn.shift();
+  if (countedFrom === null) countedFrom = now; else drawn.push(now);
   window.aad1.frames += 1; window.aad1.steer = header.steer; window.aad1.number = header.number;
   while (pending.length && pending[0].steer <= header.steer) {
     const item = pending.shift();
@@ -147,9 +158,9 @@ async function frame(buffer) {
 
 function figures() {
   const now = performance.now();
-  while (drawn.length && drawn[0] < now - 3000) drawn.shift();
-  const span = drawn.length > 1 ? drawn[drawn.length - 1] - drawn[0] : 0;
-  const fps = span > 300 ? (1000 * (drawn.length - 1)) / span : 0;
+  while (drawn.length && drawn[0] <= now - WINDOW) drawn.shift();
+  const span = countedFrom === null ? 0 : Math.min(WINDOW, now - countedFrom);
+  const fps = span > 300 ? (1000 * drawn.length) / span : 0;
   window.aad1.fps = fps; window.aad1.dropped = last.dropped_frames;
   rates.push({ time: now, fps });
   while (rates.length && rates[0].time < now - 60000) rates.shift();
@@ -176,6 +187,10 @@ function figures() {
     return [dt, dd];
   }));
   graph(now);
+  const silent = now - heardAt;
+  if (socket.readyState === WebSocket.OPEN && silent > 5000) {
+    say(`the server has sent nothing for ${Math.round(silent / 1000)} seconds`, true);
+  }
 }
 
 function graph(now) {
@@ -199,6 +214,12 @@ function graph(now) {
 
 // ---- what the user does -------------------------------------------------------------------------
 
+function heardStatus(now) {
+  if (now === "running" && status !== "running") { countedFrom = null; drawn.length = 0; }
+  status = now;
+  setStatus();
+}
+
 function setStatus() {
   const on = status !== "idle" && role === "owner";
   $("pause").textContent = status === "paused" ? "Resume" : "Pause";
@@ -208,7 +229,7 @@ function setStatus() {
 }
 
 function recordButton() {
-  $("record").setAttribute("aria-pressed", String(recording));
+  $("record").classList.toggle("on", recording);
   $("record").textContent = recording ? "Stop recording" : "Record";
   setStatus();
 }
@@ -225,7 +246,9 @@ async function begin() {
 function steer(prompt) {
   $("prompt").value = prompt;
   const name = Object.keys(info.keys).find((k) => info.keys[k] === prompt);
-  for (const button of $("keys").children) button.classList.toggle("on", button.dataset.key === name);
+  for (const button of $("keys").children) {
+    button.setAttribute("aria-pressed", String(button.dataset.key === name));
+  }
   if (status === "idle") return;
   send({ type: "prompt", prompt, blend: Number($("blend").value) });
 }
@@ -291,6 +314,7 @@ function keypad() {
     const button = document.createElement("button");
     button.type = "button"; button.dataset.key = name;
     button.textContent = SIGNS[name]; button.title = info.keys[name];
+    button.setAttribute("aria-pressed", "false");
     button.setAttribute("aria-label", info.keys[name]);
     button.onclick = () => steer(info.keys[name]);
     return button;
@@ -299,27 +323,40 @@ function keypad() {
 
 function typing(target) { return target instanceof HTMLElement && target.matches("input, select"); }
 
+// What the keys held down ask for together, or else the last of them by itself.
+function steerHeld() {
+  const both = [...held].sort((a, b) => (a === "up" ? -1 : b === "up" ? 1 : 0)).join("+");
+  steer(info.keys[both] || info.keys[[...held].pop()]);
+}
+
 addEventListener("keydown", (event) => {
   const key = KEYS[event.code];
-  if (!key || !info || typing(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!key || !info || role !== "owner") return;
+  if (typing(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (key === "still" && event.target instanceof HTMLButtonElement) return; // presses the button
   if (!(key in info.keys) || status === "idle") return;
   event.preventDefault();
   if (event.repeat) return;
   held.add(key);
-  const both = [...held].sort((a, b) => (a === "up" ? -1 : b === "up" ? 1 : 0)).join("+");
-  steer(info.keys[both] || info.keys[key]);
+  steerHeld();
 });
-addEventListener("keyup", (event) => held.delete(KEYS[event.code]));
+addEventListener("keyup", (event) => {
+  if (held.delete(KEYS[event.code]) && held.size && status !== "idle") steerHeld();
+});
 addEventListener("blur", () => held.clear());
 
+// After a click (not after the keyboard) the space bar is a key of the world again.
+addEventListener("click", (event) => { if (event.detail) event.target.closest("button")?.blur(); });
 $("start").onclick = begin;
 $("steer").onsubmit = (event) => { event.preventDefault(); steer($("prompt").value); };
 $("pause").onclick = () => send({ type: status === "paused" ? "resume" : "pause" });
 $("reset").onclick = () => send({ type: "reset", seed: seed() });
 $("stop").onclick = () => send({ type: "stop" });
 $("record").onclick = () => send({ type: "record", on: !recording });
-$("file").onchange = (event) => event.target.files[0] && take(event.target.files[0]);
+$("file").onchange = (event) => {
+  event.target.blur();
+  if (event.target.files[0]) take(event.target.files[0]);
+};
 for (const name of ["dragenter", "dragover"]) {
   $("drop").addEventListener(name, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 }
@@ -330,5 +367,11 @@ $("drop").addEventListener("drop", (event) => {
   const file = event.dataTransfer.files[0];
   if (file) take(file); else say("what was dropped is no file", true);
 });
+// Beside the picture a file would replace the page.
+for (const name of ["dragover", "drop"]) {
+  addEventListener(name, (event) => {
+    if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+  });
+}
 setInterval(() => info && figures(), 1000);
 connect();
