@@ -181,7 +181,7 @@ def _api(app: FastAPI, hub: Hub) -> None:
     @app.post(
         "/api/generate",
         responses={
-            200: {"content": {"video/mp4": {}}},
+            200: {"content": {"video/mp4": {}}}, 400: {"model": Problem},
             413: {"model": Problem}, 422: {"model": Problem}, 429: {"model": Problem},
             503: {"model": Problem},
         },

@@ -123,7 +123,7 @@ PICTURES = {
     "bomb: 60000x60000 in the header": (png(60000, 60000, zlib.compress(bytes(9))), "too_large"),
     "bomb: just above the limit": (png(4001, 4000), "too_large"),
     "no pixels": (png(0, 0), "bad_image"),
-    "too many bytes": (bytes(8 * 2**20 + 1), "too_large"),
+    "too many bytes": (bytes(8_000_001), "too_large"),
 }  # fmt: skip
 
 
