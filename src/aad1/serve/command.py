@@ -122,9 +122,9 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
 
     from aad1.fast.config import asked_config
     from aad1.pipeline import Pipeline, find_model, pick_device, read_info
+    from aad1.serve.engine import packer
     from aad1.serve.facts import read_facts
     from aad1.serve.guard import Limits
-    from aad1.serve.live import packer
     from aad1.serve.model import PipelineModel
     from aad1.serve.server import create_app
     from aad1.wan_folder import UNIT, WORLD, is_wan

@@ -14,9 +14,10 @@ import numpy as np
 
 from aad1 import mp4
 from aad1.serve import protocol
+from aad1.serve.engine import Engine
 from aad1.serve.facts import Facts
 from aad1.serve.guard import Bucket, Limits, open_picture
-from aad1.serve.live import Engine, Live, keep_newest
+from aad1.serve.live import Live, keep_newest
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.protocol import ProtocolError
 

@@ -26,10 +26,11 @@ from starlette.exceptions import HTTPException
 
 from aad1 import __version__
 from aad1.serve import protocol
+from aad1.serve.engine import packer
 from aad1.serve.facts import Facts
 from aad1.serve.guard import Bucket, Guard, Limits
 from aad1.serve.hub import Hub
-from aad1.serve.live import Live, packer
+from aad1.serve.live import Live
 from aad1.serve.model import LiveModel, Pixels
 from aad1.serve.protocol import ProtocolError
 from aad1.serve.run import CLOSE_SECONDS

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aad1.serve.engine import Engine
 from aad1.serve.guard import Limits
-from aad1.serve.live import Engine, Live
+from aad1.serve.live import Live
 from serve_fakes import FakeModel
 
 
