@@ -227,8 +227,9 @@ def play(pipe: Pipeline, seed: int) -> tuple[list[np.ndarray], list[tuple[int, i
             job, ready = session.next_job(now), now + 0.05
         if job is not None and now >= ready:
             made = model.generate(job.point, job.text)
-            model.settle(made.after)
-            session.deliver(job, made.frames, [], made.after, made.seconds, now)
+            if session.deliver(job, made.frames, [], made.after, made.seconds, now):
+                model.settle(made.after)
+                session.settled(job, 0.0, now)
             job = made = None  # nobody else holds the point of a chunk that was thrown away
         if rng.random() < 0.15:
             prompt = rng.choice(["left", "right", "red disc"])
