@@ -253,7 +253,8 @@ class Session:
     ) -> torch.Tensor:
         config = self.rollout.config
         run = self.rollout.transformer.run
-        whole = all(p.size == self.rollout.geometry.chunk for p in parts)
+        geometry = self.rollout.geometry
+        whole = all(p.size in (geometry.chunk, geometry.first) for p in parts)
         if not (config.graph and whole):
             out = run(latents, self.slots, parts, predict=predict)
         else:
