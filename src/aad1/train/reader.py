@@ -130,7 +130,11 @@ class _Thread:
 
 
 class _Copies:
-    """Copies to the training device: at once on the CPU, on a stream of their own on CUDA."""
+    """Copies to the training device: at once on the CPU, on a stream of their own on CUDA.
+
+    Not beside the capture of a CUDA graph, which allocations of another thread would break: worlds
+    on disk are `large`, and none is captured for them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -205,6 +205,26 @@ def test_without_pinned_memory_it_warns_once_and_copies_all_the_same(
     ]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_batches_are_whole_while_the_device_is_busy() -> None:
+    device = torch.device("cuda", 0)
+
+    class Large(Disk):
+        def read(self, position: int, count: int) -> Batch:
+            rows = super().read(position, count).latents
+            return Batch(rows.expand(-1, 4_000_000).contiguous(), [["a"]] * count)
+
+    work = torch.randn(4096, 4096, device=device)
+    with Reader(Large(), device, 2) as reader:
+        for n in range(0, 60, 2):
+            batch = reader.batch(n, 2, count(n + 2, 2))
+            low, high = batch.latents.aminmax(dim=1)
+            work = torch.tanh(work @ work)  # the batch's memory is free before this is done
+            del batch
+            assert low.tolist() == high.tolist() == [n, n + 1]
+
+
 # -- in the loop ----------------------------------------------------------------------------------
 
 
