@@ -302,6 +302,7 @@ def faults(processes: mesh.Processes, config: str, out: str) -> Any:
     found["changed"] = attempt("full", optim=replace(changed, updates=4))
     found["changed, told"] = len(attempt("full", optim=changed, accept_changes=True))
     found["no mesh"] = attempt("mesh", mesh="dp=3")
+    found["muon"] = attempt("muon", optim=replace(base.optim, optimizer="muon"))
     found["no batch"] = attempt("batch", optim=replace(base.optim, batch=3))
     with ExitStack() as stack:
         if first:

@@ -109,6 +109,7 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_kept(found: dict[str, An
     [
         ("changed", "optim.lr: 0.001 -> 0.5); give --accept-changes"),
         ("no mesh", "dp=3,cp=1 needs 3 processes, there are 2"),
+        ("muon", "muon needs whole matrices, which are in parts in 2 processes: use one process"),
         ("no batch", "dp=2 does not divide the batch of 3"),
         ("locked", "is being written by another run (process "),
         ("truncated", "__1_0.distcp is truncated: 100 bytes of"),

@@ -141,6 +141,7 @@ class ClipShards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.tensor: str = self.manifest["tensor"]
+        self._paths: list[Path] = []
         self._files: list[Any] = []
         self._starts: list[int] = [0]
         self._captions: list[list[str]] = []
@@ -151,6 +152,7 @@ class ClipShards:
             if shape is not None and found != shape:
                 raise UserError(f"{path} holds clips of shape {found}, others of {shape}")
             shape = found
+            self._paths.append(path)
             self._files.append(file)
             self._starts.append(self._starts[-1] + len(captions))
             self._captions.extend(captions)
@@ -193,13 +195,20 @@ class ClipShards:
         return shard, index - self._starts[shard]
 
     def tensors(self, indices: Sequence[int]) -> torch.Tensor:
-        """The stored tensor of these clips, [len(indices), ...] in the stored dtype."""
+        """The stored tensor of these clips, [len(indices), ...] in the stored dtype.
+
+        UserError names the shard that could not be read.
+        """
         import torch
+        from safetensors import SafetensorError
 
         out: torch.Tensor | None = None
         for row, index in enumerate(indices):
             shard, offset = self._locate(int(index))
-            part: torch.Tensor = self._files[shard].get_slice(self.tensor)[offset : offset + 1]
+            try:
+                part: torch.Tensor = self._files[shard].get_slice(self.tensor)[offset : offset + 1]
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"clip {index} in {self._paths[shard]}: {error}") from None
             if out is None:
                 out = torch.empty((len(indices), *part.shape[1:]), dtype=part.dtype)
             out[row] = part[0]

@@ -123,19 +123,21 @@ class TextStore:
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """Prompts -> bfloat16 [n, length, dim]; UserError names a prompt that is not stored."""
+        out = torch.zeros(len(prompts), self.length, self.dim, dtype=torch.bfloat16)
+        for i, prompt in enumerate(prompts):
+            rows = self.rows(prompt)
+            out[i, : len(rows)] = rows
+        return out
+
+    def rows(self, prompt: str) -> torch.Tensor:
+        """bfloat16 [n, dim], without padding; UserError if the prompt is not stored."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        out = torch.zeros(len(prompts), self.length, self.dim, dtype=torch.bfloat16)
-        for i, prompt in enumerate(prompts):
-            path = self.path(prompt)
-            try:
-                rows = load_file(path)["rows"]
-            except FileNotFoundError:
-                raise UserError(
-                    f"{self.folder} has no embedding of the prompt {prompt!r}"
-                ) from None
-            except (OSError, SafetensorError, KeyError) as error:
-                raise UserError(f"{path} is cut short or no embedding: {error}") from None
-            out[i, : len(rows)] = rows
-        return out
+        path = self.path(prompt)
+        try:
+            return load_file(path)["rows"]
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no embedding of the prompt {prompt!r}") from None
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"{path} is cut short or no embedding: {error}") from None

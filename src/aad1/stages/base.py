@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +28,17 @@ class Batch:
     latents: torch.Tensor
     captions: list[list[str]]
     trajectory: torch.Tensor | None = None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with changed tensors; a trajectory's end point stays a view of it."""
+        if self.trajectory is None:
+            return Batch(change(self.latents), self.captions)
+        trajectory = change(self.trajectory)
+        return Batch(trajectory[:, -1], self.captions, trajectory)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """On a device, in float32."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking).float())
 
 
 class TextEncoder(Protocol):

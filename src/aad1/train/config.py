@@ -203,6 +203,8 @@ class Experiment:
     """Continue a run although its settings differ from those of the checkpoint."""
     device_noise: bool = False
     """Draw noise on the training device: faster for small networks, other numbers than on a CPU."""
+    prefetch: int = 2
+    """Micro-batches that are read ahead where data comes from disk; 0: read when needed."""
     log_every: int = 10
     sample_every: int = 0
     """Updates between sample sheets; 0: at the end only."""
@@ -214,7 +216,7 @@ class Experiment:
         for name in ("log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "max_minutes", "max_skipped"):
+        for name in ("sample_every", "max_minutes", "max_skipped", "prefetch"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         s = self.sigmas

@@ -31,6 +31,7 @@ from aad1.train.adam import AdamW
 from aad1.train.averages import Averages
 from aad1.train.config import OptimConfig
 from aad1.train.muon import Muon
+from aad1.train.reader import Reader
 from aad1.train.sources import Source, key
 
 
@@ -45,7 +46,8 @@ class Trainer:
     processes here. averaged: roles of which an exponential moving average is kept (`averages`),
     which is what gets shipped. max_skipped: steps in a row that may be left out because a number in
     them is not finite. keep_gathered: hold the generator's weights whole for the length of a step.
-    average_on_cpu, moments_on_cpu: see the config's fields.
+    average_on_cpu, moments_on_cpu, prefetch: see the config's fields. Whoever makes a trainer
+    closes its `reader`.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class Trainer:
         average_on_cpu: bool = False,
         moments_on_cpu: bool = False,
         device_noise: bool = False,
+        prefetch: int = 2,
     ) -> None:
         self.stage, self.source, self.config = stage, source, config
+        self.reader = Reader(source, device, prefetch)
         self.modules, self.seed, self.device, self.bf16 = dict(modules), seed, device, bf16
         self.critic_warmup, self.max_skipped = critic_warmup, max_skipped
         self.processes = processes or Processes()
@@ -102,7 +106,10 @@ class Trainer:
         out: dict[str, list[torch.optim.Optimizer]] = {"generator": []}
         if c.optimizer == "muon":
             if self.processes.size > 1:
-                raise SharedError("optim.optimizer muon needs whole matrices: use one process")
+                raise SharedError(
+                    "optim.optimizer muon needs whole matrices, which are in parts in "
+                    f"{self.processes.size} processes: use one process, or adamw"
+                )
             matrices, groups = _matrices(self.modules["generator"], self.parameters["generator"])
             out["generator"].append(Muon(matrices, lr=c.lr, weight_decay=c.weight_decay))
         out["generator"].append(self._adam(groups, c.lr, c.betas))
@@ -180,7 +187,8 @@ class Trainer:
             for done in range(0, self.samples, self.micro):
                 last = done + self.micro == self.samples
                 reduce_over_replicas(self.modules.values(), last)
-                seen.append(self._micro(role, index, start + done, offset + done))
+                batch = self.reader.batch(start + done, self.micro, self._following(start, done))
+                seen.append(self._micro(role, index, batch, offset + done))
         reshard(self.modules.values())
         total = self._means(seen)
         limit = c.critic_clip if role == "critic" else c.clip
@@ -196,10 +204,16 @@ class Trainer:
         total[f"{role}_norm"] = whole(norm).detach()
         return total
 
-    def _micro(self, role: str, index: int, position: int, number: int) -> Logs:
-        """Gradients of one micro-batch: samples from `position` of the stream on, which are those
-        from `number` on in the global batch."""
-        batch = self.source.batch(position, self.micro)
+    def _following(self, start: int, done: int) -> Iterator[int]:
+        """Positions of this group's micro-batches after the one at start + done."""
+        while True:
+            done += self.micro
+            if done == self.samples:
+                start, done = start + self.config.batch * self.config.accumulate, 0
+            yield start + done
+
+    def _micro(self, role: str, index: int, batch: Batch, number: int) -> Logs:
+        """Gradients of one micro-batch: samples from `number` on in the global batch."""
         parts = self._losses(role, batch, self._noise(role, index, number))
         logs: Logs = {}
         while True:

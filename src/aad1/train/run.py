@@ -21,6 +21,7 @@ from aad1.train.record import write_record
 from aad1.train.results import Results
 from aad1.train.resume import Checkpoints
 from aad1.train.setup import Setup, heads
+from aad1.train.throughput import Throughput
 
 
 class Run:
@@ -49,7 +50,10 @@ class Run:
                     stack.enter_context(only_run(e.folder))
             stack.enter_context(self.stop.listening())
             kind = RunLog if main else SilentLog
-            return self._train(stack.enter_context(kind(e.folder, e.name, e.optim.updates)))
+            log = stack.enter_context(kind(e.folder, e.name, e.optim.updates))
+            trainer = self._trainer(log)
+            stack.enter_context(trainer.reader)
+            return self._train(trainer, log)
 
     def _trainer(self, log: RunLog) -> Trainer:
         e, setup = self.experiment, self.setup
@@ -62,17 +66,17 @@ class Run:
             bf16=setup.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
             processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
             average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
-            device_noise=e.device_noise,
+            device_noise=e.device_noise, prefetch=e.prefetch,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():
                 checkpoint_blocks(module)
         return trainer
 
-    def _train(self, log: RunLog) -> Path:
+    def _train(self, trainer: Trainer, log: RunLog) -> Path:
         e, main = self.experiment, self.processes.main
         final = e.folder / "final"
-        trainer, monitor = self._trainer(log), CollapseMonitor(e.monitor)
+        monitor = CollapseMonitor(e.monitor)
         checkpoints = Checkpoints(self.setup, trainer, monitor)
         before = checkpoints.resume(log)
         if main:
@@ -85,7 +89,8 @@ class Run:
             return final
         results = Results(self.setup, trainer)
         began = time.monotonic() - before
-        reason = self._updates(trainer, monitor, checkpoints, results, log, began)
+        speed = Throughput(trainer, self.processes)
+        reason = self._updates(trainer, monitor, checkpoints, results, log, began, speed)
         checkpoints.save(time.monotonic() - began, ended=reason)
         if e.monitor.early_stop and monitor.collapsed and monitor.kept:
             for name, weight in monitor.kept["weights"].items():
@@ -99,7 +104,7 @@ class Run:
         if main:
             log.values(trainer.update, results.validation.measure(made), "final")
         results.write(final)
-        log.say(f"{e.name} ended at {reason}; model in {final}")
+        log.say(f"{e.name} ended at {reason}; model in {final}{speed.summary()}")
         return final
 
     def _updates(
@@ -110,6 +115,7 @@ class Run:
         results: Results,
         log: RunLog,
         began: float,
+        speed: Throughput,
     ) -> str:
         """Train until something ends it, and say what. began: when, less what was trained before.
 
@@ -122,7 +128,8 @@ class Run:
             if e.max_minutes:
                 spent = (time.monotonic() - began) / (60 * e.max_minutes)
                 trainer.spent = float(self.processes.mean(torch.tensor(spent)))
-            logs = trainer.step(stop=self._asked_to_stop)
+            with speed.step():
+                logs = trainer.step(stop=self._asked_to_stop)
             if logs is None:
                 checkpoints.save(time.monotonic() - began)
                 name = next(filter(None, self.processes.gather(self.stop.name)), "a signal")
@@ -134,7 +141,7 @@ class Run:
             update = trainer.update
             log.advance(update)
             if update % e.log_every == 0 or update == e.optim.updates:
-                log.values(update, sums.take())
+                log.values(update, sums.take() | speed.take())
             if watched and (update % e.monitor.every == 0 or update == 1):
                 values = results.check(trainer.stage)
                 monitor.check(update, values["M"], trainer.averages.tensors["generator"])

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -41,6 +41,15 @@ class Source(Protocol):
 
     def batch(self, position: int, count: int) -> Batch:
         """Samples position .. position + count - 1 of the endless stream."""
+        ...
+
+
+@runtime_checkable
+class Stored(Source, Protocol):
+    """A source on disk, which may be read ahead of the computation, in a thread of its own."""
+
+    def read(self, position: int, count: int) -> Batch:
+        """What `batch` gives, on the CPU and as it is stored."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from aad1.models.weights import read_json, write_json
 from aad1.stages.base import Batch, Conditioner, TextEncoder
 from aad1.train.config import WanData
 from aad1.train.sources import Source, World, permuted
+
+KEPT = 128
+"""Prompts whose embeddings stay in memory, without padding: at most 4 MiB each for Wan."""
 
 
 class StoredText:
@@ -37,11 +41,23 @@ class StoredText:
                     )
         self.stores, self.device, self.base = stores, device, base
         self.length, self.dim, self.negative = first.length, first.dim, first.negative
+        self._rows = lru_cache(maxsize=KEPT)(self._read)
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """B prompts -> bfloat16 [B, L, D]; UserError names a prompt that is stored nowhere."""
-        rows = [self._find(prompt)([prompt]) for prompt in prompts]
-        return torch.cat(rows).to(self.device, non_blocking=True)
+        out = torch.zeros(len(prompts), self.length, self.dim, dtype=torch.bfloat16)
+        for row, prompt in zip(out, prompts, strict=True):
+            rows = self._rows(prompt)
+            row[: len(rows)] = rows
+        return out.to(self.device)
+
+    def read(self, captions: Iterable[Sequence[str]]) -> None:
+        """Read the prompts of these clips, so that `__call__` finds them in memory."""
+        for prompt in {c for clip in captions for c in clip}:
+            self._rows(prompt)
+
+    def _read(self, prompt: str) -> torch.Tensor:
+        return self._find(prompt).rows(prompt)
 
     def _find(self, prompt: str) -> TextStore:
         for store in self.stores:
@@ -73,28 +89,39 @@ class ClipSource:
     """Clips read from shards as they are asked for; nothing is held in memory.
 
     states: numbers of a trajectory's states to hand on before its end point (stage I); None for
-    clips, which of trajectories are the end points.
+    clips, which of trajectories are the end points. text: where the clips' prompts are stored.
     """
 
     def __init__(
         self, shards: ClipShards, seed: int, device: torch.device,
-        states: tuple[int, ...] | None = None,
+        states: tuple[int, ...] | None = None, text: StoredText | None = None,
     ) -> None:  # fmt: skip
         self.shards, self.seed, self.device, self.states = shards, seed, device, states
+        self.text = text
 
     def batch(self, position: int, count: int) -> Batch:
-        return self.of(permuted(position, count, len(self.shards), self.seed))
+        return self.read(position, count).to(self.device)
+
+    def read(self, position: int, count: int) -> Batch:
+        """On the CPU, as stored; the prompts' embeddings are read too, and kept for the step."""
+        batch = self._read(permuted(position, count, len(self.shards), self.seed))
+        if self.text is not None:
+            self.text.read(batch.captions)
+        return batch
 
     def of(self, index: Sequence[int]) -> Batch:
         """The clips of these numbers."""
+        return self._read(index).to(self.device)
+
+    def _read(self, index: Sequence[int]) -> Batch:
         rows = self.shards.tensors(index)
         captions = [list(self.shards.captions[i]) for i in index]
         if self.states is not None:
-            rows = rows[:, [*self.states, -1]].to(self.device).float()
+            rows = rows[:, [*self.states, -1]]
             return Batch(rows[:, -1], captions, rows)
         if self.shards.tensor == "states":
             rows = rows[:, -1]
-        return Batch(rows.to(self.device).float(), captions)
+        return Batch(rows, captions)
 
 
 class WanWorld(World):
@@ -123,7 +150,7 @@ class WanWorld(World):
             raise UserError(f"{self.data.train} has clips of {self.frames} frames, not {frames}")
         shards = _open(self.data.train, "data.train", "videos")
         self._fits(shards, self.data.train)
-        return ClipSource(shards, self.seed, self.device)
+        return ClipSource(shards, self.seed, self.device, text=self.text)
 
     def trajectories(self, sigmas: tuple[float, ...]) -> Source:
         """Trajectories with the states at these noise levels; UserError if one is not stored."""
@@ -137,7 +164,7 @@ class WanWorld(World):
                 raise UserError(f"{folder} has no states at sigma {sigma:.4f}, only at {stored}")
             index.append(near[0])
         self._fits(shards, folder)
-        return ClipSource(shards, self.seed, self.device, tuple(index))
+        return ClipSource(shards, self.seed, self.device, tuple(index), self.text)
 
     def _fits(self, shards: ClipShards, folder: Path) -> None:
         ours, theirs = self._heldout.clip_shape[-4:], shards.clip_shape[-4:]

@@ -103,6 +103,17 @@ def test_truncated_shard_is_named(folder: Path, keep: int) -> None:
     assert read_header(path) is None
 
 
+def test_a_shard_that_cannot_be_read_later_is_named(folder: Path) -> None:
+    class Broken:
+        def get_slice(self, name: str) -> object:
+            raise OSError(5, "Input/output error")
+
+    clips = ClipShards(folder)
+    clips._files[1] = Broken()
+    with pytest.raises(UserError, match=r"clip 3 in .*shard-00001\.safetensors: .*Input/output"):
+        clips.tensors([0, 3])
+
+
 def test_shard_of_another_length_is_named(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][1]["clips"] = 3

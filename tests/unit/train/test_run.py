@@ -135,6 +135,7 @@ def test_a_run_leaves_its_record_log_and_samples(chain: Path, stage: str) -> Non
     lines = read_log(folder)
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["update"] for line in train] == [1, 2]
+    assert all(line["clips_per_s"] > 0 and line["data_wait_s"] >= 0 for line in train)
     assert all(np.isfinite(v) for line in train for v in line.values() if isinstance(v, float))
     watched = [line for line in lines if line["kind"] == "monitor"]
     assert len(watched) == (2 if stage in ("dmd", "aad") else 0)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +28,17 @@ from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
 from aad1.pipeline import Pipeline, read_info, weights_hash
 from aad1.presets import preset
-from aad1.stages.base import Conditioner
+from aad1.stages.base import Batch, Conditioner
 from aad1.train import results, resume
 from aad1.train.blocks import checkpoint_blocks
 from aad1.train.config import Experiment, MonitorConfig, WanData
+from aad1.train.guard import Stopped
 from aad1.train.loop import Trainer
 from aad1.train.plan import Cluster, plan
 from aad1.train.record import read_record, write_record
 from aad1.train.run import Run
-from aad1.train.wan_world import StoredConditioner, WanWorld
+from aad1.train.sources import Stored, permuted
+from aad1.train.wan_world import ClipSource, StoredConditioner, WanWorld
 
 STAGES = ("ode", "dmd", "aad")
 MODEL = WanConfig(
@@ -106,6 +114,69 @@ def test_each_stage_trains_on_from_the_one_before(chain: Path, tiny_wan: Path, s
     assert "blocks.0.attn1.to_q.weight" in moved and "proj_out.weight" in moved
     e = read_record(final.parent / "config.yaml")
     assert isinstance(e.data, WanData) and e.data.base == tiny_wan
+
+
+def test_reading_ahead_changes_no_weight_and_ends_with_the_run(
+    chain: Path, data: Path, tiny_wan: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Against a run that does not read ahead, and one that a signal stops and that goes on."""
+    e = replace(experiment("ode", tiny_wan, data, tmp_path), name="without", prefetch=0)
+    threads: list[str] = []
+    read = ClipSource.read
+
+    def signalled(self: ClipSource, position: int, count: int) -> Batch:
+        threads.append(threading.current_thread().name)
+        if position == 2 and len(threads) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return read(self, position, count)
+
+    wanted = read_info(chain / "wan1.3b-ode" / "final").sha256
+    assert read_info(Run(e).train()).sha256 == wanted
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"; [\d.e-]+ clips/s, of \d+ s in training steps [\d.e-]+ s waited", last)
+    monkeypatch.setattr(ClipSource, "read", signalled)
+    e = replace(e, name="stopped", prefetch=2)
+    with pytest.raises(Stopped, match="stopped by SIGTERM at update"):
+        Run(e).train()
+    assert set(threads) == {"aad1-reader"}
+    assert "aad1-reader" not in {t.name for t in threading.enumerate()}
+    assert read_info(Run(replace(e, prefetch=1)).train()).sha256 == wanted
+
+
+def test_a_prompt_that_is_gone_is_told_at_the_step_that_needs_it(
+    data: Path, tiny_wan: Path, tmp_path: Path
+) -> None:
+    """The thread finds it missing one update earlier."""
+    seed = next(n for n in range(99) if permuted(2, 1, 3, n) == [0])  # an update takes two clips
+    e = experiment("ode", tiny_wan, tmp_path, tmp_path / "out", seed=seed)
+    for name in ("clips", "trajectories"):
+        shutil.copytree(data / name, tmp_path / name)
+    (prompt,), *others = ClipShards(tmp_path / "trajectories").captions
+    assert [prompt] not in others
+    for name in ("clips", "trajectories"):
+        TextStore(tmp_path / name / "text").path(prompt).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=f"no embedding of the prompt '{prompt}'"):
+        Run(e).train()
+    lines = [json.loads(x) for x in (e.folder / "log.jsonl").read_text().splitlines()]
+    assert [x["update"] for x in lines] == [1]
+    assert "aad1-reader" not in {t.name for t in threading.enumerate()}
+
+
+def test_prompts_are_kept_in_memory_once_read(data: Path, tiny_wan: Path, tmp_path: Path) -> None:
+    e = experiment("ode", tiny_wan, tmp_path, tmp_path)
+    for name in ("clips", "trajectories"):
+        shutil.copytree(data / name, tmp_path / name)
+    assert isinstance(e.data, WanData)
+    world = WanWorld(e.data, 0, torch.device("cpu"))
+    source = world.train()
+    assert isinstance(source, Stored)
+    captions = source.read(0, 1).captions
+    wanted = TextStore(tmp_path / "clips" / "text")(captions[0])
+    for name in ("clips", "trajectories"):
+        shutil.rmtree(tmp_path / name / "text" / "prompts")
+    assert torch.equal(world.text(captions[0]), wanted) and wanted.any()
 
 
 def test_two_processes_read_their_shards_and_train_alike(
