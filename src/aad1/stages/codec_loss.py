@@ -88,24 +88,39 @@ def codec_loss(
 ) -> tuple[Tensor, Logs]:
     """The module's equation; pixels float [B, 3, T, H, W] in [-1, 1], latents [B, C, F, h, w].
 
-    Returns the loss and its unweighted terms, detached.
+    Returns the loss and its unweighted terms, detached. Always in float32, under autocast too:
+    bfloat16 rounds pixels to a quarter of a grey level, as much as fine texture has.
     """
-    x, y = reconstruction.float(), pixels.float()
+    with torch.autocast(pixels.device.type, enabled=False):
+        return _codec_loss(reconstruction.float(), pixels.float(), latents.float(), config)
+
+
+def _codec_loss(
+    x: Tensor, y: Tensor, latents: Tensor, config: CodecLossConfig
+) -> tuple[Tensor, Logs]:
     error = x - y
     terms = {
         "l1": error.abs().mean(),
         "l2": error.square().mean(),
         "laplacian": _pyramid_error(error, config.pyramid_levels),
         "texture": (_texture(x) - _texture(y)).abs().mean(),
-        "moments": _moment_divergence(latents.float()),
-        "tails": _excess(latents.float()),
+        "moments": _moment_divergence(latents),
+        "tails": _excess(latents),
     }
     if config.subbands > 0:
-        terms["subbands"] = subband_error(x, y)
-    if pixels.shape[2] > 1:
+        terms["subbands"] = subband_error(_rounded(x), y)
+    if y.shape[2] > 1:
         terms["temporal"] = error.diff(dim=2).abs().mean()
     loss = torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _rounded(pixels: Tensor) -> Tensor:
+    """Pixels as 8 bits hold them, with the gradient of the identity.
+
+    The source's faintest texture is in part its rounding, which decoded frames get as well.
+    """
+    return pixels + (((pixels + 1) * 127.5).round() / 127.5 - 1 - pixels).detach()
 
 
 def _images(video: Tensor) -> Tensor:

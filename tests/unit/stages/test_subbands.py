@@ -156,6 +156,31 @@ def test_the_term_enters_the_loss_with_its_weight() -> None:
         CodecLossConfig(subbands=-1.0)
 
 
+def test_the_term_is_of_frames_of_8_bits_and_has_a_gradient() -> None:
+    """A faint checkerboard, less than half a level, is rounded away: it costs nothing."""
+    real = ((of(walls()) + 1) * 127.5).round() / 127.5 - 1
+    latents = torch.zeros(1, 4, 1, 8, 8)
+    config = CodecLossConfig(subbands=1.0)
+    faint = (real + 0.4 / 127.5 * CHECKERBOARD).requires_grad_()
+    assert float(codec_loss(faint, real, latents, config)[1]["subbands"]) < 1e-4
+    strong = (real + 2 / 127.5 * CHECKERBOARD).requires_grad_()
+    loss, logs = codec_loss(strong, real, latents, config)
+    assert float(logs["subbands"]) > 0.005
+    (gradient,) = torch.autograd.grad(loss, strong)
+    assert float((gradient * CHECKERBOARD).sum()) > 0
+
+
+def test_the_loss_stays_in_float32_under_autocast() -> None:
+    real, soft = of(walls()), of(blurred(walls()))
+    latents = torch.zeros(1, 4, 1, 8, 8)
+    config = CodecLossConfig(subbands=1.0)
+    _, plain = codec_loss(soft, real, latents, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, half = codec_loss(soft, real, latents, config)
+    for name in ("texture", "subbands", "laplacian"):
+        assert torch.equal(half[name], plain[name]), name
+
+
 def test_following_the_gradient_restores_texture_and_removes_a_checkerboard() -> None:
     real = walls()
     image = (blurred(real) + 0.05 * CHECKERBOARD).requires_grad_()
