@@ -24,12 +24,7 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SCALES = 3
-_FILTERS = {
-    "l": (0.25, 0.5, 0.25),
-    "m": (-(0.125**0.5), 0.0, 0.125**0.5),
-    "h": (-0.25, 0.5, -0.25),
-}
-NAMES = tuple(down + across for down in _FILTERS for across in _FILTERS)[1:]  # `ll` left out
+NAMES = tuple(down + across for down in "lmh" for across in "lmh")[1:]  # `ll` left out
 _SINGLE_PIXEL = [NAMES.index(name) for name in ("lh", "hl", "hh")]
 _WINDOW = 8  # pixels of a scale; windows overlap by half
 # A quarter of a grey level, in pixels of [-1, 1]: rounding to 8 bits alone leaves 0.11 in `hh`.
@@ -39,7 +34,12 @@ _FLOOR = 0.25 / 127.5
 def luma(video: Tensor) -> Tensor:
     """float [B, 3, T, H, W] -> [B * T, 1, H, W]."""
     frames = video.transpose(1, 2).flatten(0, 1).movedim(1, -1)
-    return (frames @ video.new_tensor(LUMA))[:, None]
+    return _weighted(frames)
+
+
+def _weighted(frames: Tensor) -> Tensor:
+    """float [N, H, W, 3] -> [N, 1, H, W]; no matrix product, which may run in TF32."""
+    return (frames * frames.new_tensor(LUMA)).sum(-1)[:, None]
 
 
 def subbands(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,10 +47,19 @@ def subbands(image: Tensor) -> tuple[Tensor, Tensor]:
 
     The subbands' channels are those of NAMES.
     """
-    rows = image.new_tensor(list(_FILTERS.values()))
-    kernels = (rows[:, None, :, None] * rows[None, :, None, :]).flatten(0, 1)[:, None]
-    parts = nnf.conv2d(image, kernels)
+    parts = torch.cat(
+        [part for rows in _filtered(image, -2) for part in _filtered(rows, -1)], dim=1
+    )
     return parts[:, :1], parts[:, 1:]
+
+
+def _filtered(image: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """l, m and h along `dim`. Sums rather than a convolution, which may run in TF32 on a GPU."""
+    size = image.shape[dim] - 2
+    before, here, after = (image.narrow(dim, start, size) for start in range(3))
+    sides = before + after
+    low, high = (2 * here + sides) / 4, (2 * here - sides) / 4
+    return low, (after - before) * 0.125**0.5, high
 
 
 def local_levels(video: Tensor) -> list[Tensor]:
@@ -103,9 +112,8 @@ def amplitude_ratios(video: Tensor, reference: Tensor) -> dict[str, float]:
 
 def _energies(video: Tensor) -> dict[str, float]:
     total: dict[str, float] = {}
-    weights = torch.tensor(LUMA, device=video.device)
     for part in torch.split(video.flatten(0, -4), 256):
-        low, bands = subbands((part.float() @ weights)[:, None])
+        low, bands = subbands(_weighted(part.float()))
         _, half = subbands(low[..., ::2, ::2])
         of = dict(zip(NAMES, bands.unbind(1), strict=True))
         coarse = dict(zip(NAMES, half.unbind(1), strict=True))
