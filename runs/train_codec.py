@@ -6,11 +6,17 @@
 on the device as uint8, so a step needs no work on the CPU. Writes the codec folder, a sheet
 (original left, reconstruction right) and prints the final figures as one line of JSON.
 
---init goes on from a codec. With --freeze-encoder only the decoder changes: latents mean what they
-did, so generators trained on them stay valid. That is also how to give a decoder more texture late:
+--init goes on from a codec; `packaged` is the one of the packaged doom model. With --decoder-only
+latents mean what they did, to the bit, so generators trained on them stay valid. That is how to
+give a decoder its texture late:
 
-    python runs/train_codec.py --data out/doom/train --init out/doom/codec --freeze-encoder \\
-        --texture 0.3 --lr 4e-4 --blend 0.5 --out out/doom/codec_sharp
+    python runs/train_codec.py --data out/data/doom --heldout out/data/doom-heldout \\
+        --init packaged --decoder-only --refine 8 --texture 0 --subbands 0.2 --lr 4e-4 \\
+        --minutes 3 --out out/doom/codec_sharp
+
+Reconstructions of clips that training does not see are judged before, during and after: PSNR,
+FDnss against those same clips as recorded (0 for equal frames), and the amplitude of each kind of
+texture relative to theirs (subbands.py). OUT/figures.json holds all of it.
 """
 
 from __future__ import annotations
@@ -29,7 +35,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import aad1
 from aad1.atomic import replace_file
+from aad1.evaluate.frechet import frame_features
+from aad1.evaluate.report import Gaussian
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
 from aad1.models.codec import load_codec
 from aad1.stages.codec_loss import (
@@ -39,6 +48,9 @@ from aad1.stages.codec_loss import (
     psnr,
     sharpness_ratio,
 )
+from aad1.stages.subbands import amplitude_ratios
+
+PACKAGED = Path(aad1.__file__).parent / "packaged" / "doom" / "codec"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,8 +63,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--heldout-clips", type=int, default=32)
     add("--out", type=Path, required=True, help="codec folder to write")
-    add("--init", type=Path, help="codec folder to start from; its sizes replace the size flags")
-    add("--freeze-encoder", action="store_true", help="train the decoder only; needs --init")
+    add(
+        "--init",
+        type=Path,
+        help="codec folder to start from, or `packaged`; its sizes replace the size flags",
+    )
+    add(
+        "--decoder-only",
+        "--freeze-encoder",
+        dest="freeze_encoder",
+        action="store_true",
+        help="leave the encoder and the latents as they are; needs --init",
+    )
+    add("--refine", type=int, default=0, help="add this many channels at full resolution")
     add("--minutes", type=float, default=4.0, help="training time, compilation left out")
     add("--batch", type=int, default=16)
     add("--frames", type=int, default=17, help="frames of a training window, 1 + 4 k")
@@ -62,6 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", type=float, default=0.999)
     add("--noise", type=float, default=CodecLossConfig.noise)
     add("--texture", type=float, default=CodecLossConfig.texture)
+    add("--subbands", type=float, default=CodecLossConfig.subbands)
     add("--gan", type=float, default=0.0, help="weight of the patch critic, 0 for none")
     add("--gan-from", type=float, default=0.6, help="share of the time after which it begins")
     add("--widths", type=int, nargs=4, default=CausalCodecConfig.widths)
@@ -69,6 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encoder-depths", type=int, nargs=4, default=CausalCodecConfig.encoder_depths)
     add("--latent-channels", type=int, default=CausalCodecConfig.latent_channels)
     add("--report-every", type=float, default=20.0, help="seconds")
+    add("--report-clips", type=int, default=8, help="clips judged in a report, of those held out")
     add("--save-dtype", choices=["float16", "float32"], default="float16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action="store_true")
@@ -77,6 +102,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.blend <= 1 or (args.blend < 1 and not args.init):
         parser.error("--blend must be within [0, 1], and below 1 needs --init")
+    if args.init == Path("packaged"):
+        args.init = PACKAGED
     if args.freeze_encoder and not args.init:
         parser.error("--freeze-encoder needs --init: an untrained encoder is not worth keeping")
     return args
@@ -96,6 +123,8 @@ def start(args: argparse.Namespace, clips: Tensor) -> CausalCodec:
         codec = load_codec(args.init, device=clips.device)
         if not isinstance(codec, CausalCodec):
             raise SystemExit(f"--init {args.init} is a {type(codec).__name__}, not a CausalCodec")
+        if args.refine:
+            codec = codec.with_refinement(args.refine)
         codec.train()
     else:
         config = CausalCodecConfig(
@@ -103,6 +132,7 @@ def start(args: argparse.Namespace, clips: Tensor) -> CausalCodec:
             widths=tuple(args.widths),
             decoder_depths=tuple(args.decoder_depths),
             encoder_depths=tuple(args.encoder_depths),
+            refine_width=args.refine,
         )
         codec = CausalCodec(config).to(clips.device)
         sample = torch.randperm(len(clips))[:256].to(clips.device)
@@ -158,7 +188,10 @@ def with_fallback(compiled: Callable, eager: Callable) -> Callable:
 
 @torch.no_grad()
 def evaluate(codec: CausalCodec, clips: Tensor, noise: float = 0.0) -> dict[str, float]:
-    """PSNR and sharpness of whole reconstructed clips, `noise` (in std) added to their latents."""
+    """Figures of whole reconstructed clips, `noise` (in std) added to their latents.
+
+    FDnss is that of the last quarter of the frames, to the same frames as recorded.
+    """
     outputs = []
     for part in clips.split(4):
         latents = codec.encode(part)
@@ -166,7 +199,14 @@ def evaluate(codec: CausalCodec, clips: Tensor, noise: float = 0.0) -> dict[str,
         draw = torch.randn(latents.shape, generator=generator).to(latents)
         outputs.append(codec.decode(latents + noise * spread(latents) * draw))
     output = torch.cat(outputs)
-    return {"psnr": psnr(output, clips), "sharpness": sharpness_ratio(output, clips)}
+    recorded = Gaussian.of(frame_features(clips, "late"))
+    figures = {
+        "psnr": psnr(output, clips),
+        "sharpness": sharpness_ratio(output, clips),
+        "FDnss": recorded.distance(frame_features(output, "late")),
+        **amplitude_ratios(output, clips),
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def spread(latents: Tensor) -> Tensor:
@@ -211,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     initial = copy.deepcopy(codec)
     averaged, trained = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
     critic = PatchDiscriminator().to(device) if args.gan > 0 else None
-    loss_config = CodecLossConfig(noise=args.noise, texture=args.texture)
+    loss_config = CodecLossConfig(noise=args.noise, texture=args.texture, subbands=args.subbands)
     stage = CodecStage(codec, loss_config, critic)
 
     generator_loss: Callable = stage.generator_loss
@@ -267,6 +307,17 @@ def main(argv: list[str] | None = None) -> None:
         f"{parameters / 1e6:.2f}M parameters, {device}",
         flush=True,
     )
+    judged = heldout[: args.report_clips]
+    history: list[dict[str, object]] = []
+
+    def report(step: int, elapsed: float, values: dict[str, float]) -> None:
+        figures = evaluate(average, judged)
+        history.append({"update": step, "seconds": round(elapsed, 1), **figures, "loss": values})
+        print(f"{elapsed:6.0f} s  update {step}  {json.dumps(figures)}  {values}", flush=True)
+
+    before = evaluate(codec.eval(), heldout) if args.init else {}
+    codec.train()
+    report(0, 0.0, {})
     begun = clock()
     for step in range(3):  # compiles, and lets cuDNN choose; outside the time budget
         update(0.0, step)
@@ -290,14 +341,9 @@ def main(argv: list[str] | None = None) -> None:
             values = {name: round(float(value), 4) for name, value in logs.items()}
             if not math.isfinite(values["loss"]):
                 raise SystemExit(f"the loss is not finite at update {step}: {values}")
-            scores = evaluate(average, heldout[:8, : args.frames])
+            report(step, elapsed, values)
             evaluating += clock() - paused
             reported = elapsed
-            print(
-                f"{elapsed:6.0f} s  update {step}  {elapsed / step * 1e3:.0f} ms  "
-                f"psnr {scores['psnr']:.2f}  sharpness {scores['sharpness']:.3f}  {values}",
-                flush=True,
-            )
 
     if args.blend < 1:
         pairs = zip(average.parameters(), initial.parameters(), strict=True)
@@ -309,7 +355,6 @@ def main(argv: list[str] | None = None) -> None:
     average.save_pretrained(args.out, getattr(torch, args.save_dtype))
     saved = load_codec(args.out, device=device)
     assert isinstance(saved, CausalCodec)
-    clean, noisy = evaluate(saved, heldout), evaluate(saved, heldout, noise=0.1)
     shown = heldout[:8]
     write_sheet(args.out / "sheet.png", shown, saved.decode(saved.encode(shown)))
     latents = torch.cat([saved.encode(part) for part in heldout.split(4)])
@@ -317,13 +362,17 @@ def main(argv: list[str] | None = None) -> None:
         "updates": step,
         "minutes": round(args.minutes, 2),
         "parameters": parameters,
-        "psnr": round(clean["psnr"], 3),
-        "sharpness": round(clean["sharpness"], 4),
-        "psnr_noise_0.1": round(noisy["psnr"], 3),
-        "sharpness_noise_0.1": round(noisy["sharpness"], 4),
+        "heldout_clips": len(heldout),
+        "before": before,
+        "after": evaluate(saved, heldout),
+        "after_noise_0.1": evaluate(saved, heldout, noise=0.1),
         "latents_std": round(float(latents.std()), 4),
         "latents_abs_max": round(float(latents.abs().max()), 3),
     }
+    flags = {name: str(value) for name, value in vars(args).items()}
+    with replace_file(args.out / "figures.json") as temporary:
+        record = {"flags": flags, **result, "history": history}
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(result), flush=True)
 
 

@@ -61,12 +61,15 @@ class CausalCodecConfig:
     latent_channels: C.
     widths: channels at 1/8 resolution, at 1/4 (latent rate), at 1/4 (video rate) and at 1/2.
     decoder_depths, encoder_depths: residual blocks at each of those four places.
+    refine_width: channels between the two convolutions at full resolution that correct the decoded
+        frames; 0 for none.
     """
 
     latent_channels: int = 16
     widths: tuple[int, int, int, int] = (160, 128, 96, 48)
     decoder_depths: tuple[int, int, int, int] = (2, 1, 2, 1)
     encoder_depths: tuple[int, int, int, int] = (1, 1, 1, 1)
+    refine_width: int = 0
 
     def __post_init__(self) -> None:
         for name in ("widths", "decoder_depths", "encoder_depths"):
@@ -80,6 +83,8 @@ class CausalCodecConfig:
             raise UserError(f"widths {list(self.widths)} must be positive multiples of 4")
         if any(depth < 0 for depth in self.decoder_depths + self.encoder_depths):
             raise UserError("depths must be >= 0")
+        if self.refine_width < 0:
+            raise UserError(f"refine_width {self.refine_width} must be >= 0")
 
 
 class PixelNorm(nn.Module):
@@ -157,6 +162,22 @@ class Blocks(nn.ModuleList):
         return x, state
 
 
+class Refine(nn.Module):
+    """A correction of frames [N, 3, H, W] at full resolution, zero at first.
+
+    What comes out of a pixel shuffle has weights of its own for each of the 2 x 2 pixels, and so a
+    pattern of period 2 costs it nothing. These convolutions treat all pixels alike.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return frames + self.conv2(nnf.silu(self.conv1(frames)))  # type: ignore[no-any-return]
+
+
 class Encoder(nn.Module):
     """Pixels of whole groups [B * 4F, 3, H, W] -> raw latents [B * F, C, h, w]."""
 
@@ -208,6 +229,7 @@ class Decoder(nn.Module):
         self.fine = Blocks(fine, self.depths[3])
         self.norm_out = PixelNorm(fine)
         self.conv_out = nn.Conv2d(fine, 3 * 4, 3, padding=1)
+        self.refine = Refine(config.refine_width) if config.refine_width else nn.Identity()
 
     def start(self) -> State:
         """The state before the first latent frame."""
@@ -225,7 +247,8 @@ class Decoder(nn.Module):
         x = nnf.pixel_shuffle(self.up_quarter(x), 2)
         x, fine = self.fine(x, GROUP * frames, state[c:])
         x = self.conv_out(nnf.silu(self.norm_out(x)))
-        return linear + nnf.pixel_shuffle(x, 2), coarse + quarter + video + fine
+        frames_out = self.refine(linear + nnf.pixel_shuffle(x, 2))
+        return frames_out, coarse + quarter + video + fine
 
 
 class CausalCodec(nn.Module):
@@ -268,6 +291,8 @@ class CausalCodec(nn.Module):
                     module.conv2.weight.mul_(0.1)
         nn.init.zeros_(self.encoder.conv_out.weight)
         nn.init.zeros_(self.decoder.conv_out.weight)
+        if isinstance(self.decoder.refine, Refine):
+            nn.init.zeros_(self.decoder.refine.conv2.weight)
 
     @torch.no_grad()
     def fit_linear(self, video: Tensor) -> None:
@@ -370,6 +395,20 @@ class CausalCodec(nn.Module):
         clips = max(1, FRAMES_PER_PASS // (GROUP * latents.shape[2]))
         parts = latents.to(self.latents_mean.device).split(clips)
         return torch.cat([to_uint8(self.decode_pixels(part)) for part in parts])
+
+    def with_refinement(self, width: int) -> CausalCodec:
+        """A copy that refines at full resolution and decodes as this one does until it is trained.
+
+        UserError if this codec refines already, or `width` is below 1.
+        """
+        if self.config.refine_width or width < 1:
+            raise UserError(
+                f"refine_width {width} must be >= 1, and the codec's own "
+                f"({self.config.refine_width}) 0"
+            )
+        wider = CausalCodec(dataclasses.replace(self.config, refine_width=width))
+        wider.load_state_dict({**wider.state_dict(), **self.state_dict()})
+        return wider.to(self.latents_mean.device, self._dtype)
 
     def stream(self) -> DecoderStream:
         """A new decoder stream; its state is four to six small feature maps."""

@@ -3,16 +3,18 @@
 With x the video, z = E(x) its latents, s the noise level and n white noise,
 
     L = l1 |x' - x| + l2 (x' - x)^2 + laplacian sum_l |P_l x' - P_l x|
-        + texture |e(x') - e(x)| + temporal |D x' - D x| + moments KL(z) + tails T(z),
+        + texture |e(x') - e(x)| + subbands |b(x') - b(x)| + temporal |D x' - D x|
+        + moments KL(z) + tails T(z),
     x' = G(z + s std(z) n),    s ~ U[0, noise] per clip and latent frame,
 
 where P_l is level l of a Laplacian pyramid, e the local mean log |Laplacian| of the luma (it does
 not know where exactly an edge lies, so it rewards texture where |x' - x| would rather blur; the
-mean of the logarithm, since a few strong edges have the energy of a whole texture), D the
-difference of neighbouring frames, KL(z) the divergence of N(mean, variance) of each latent channel
-from N(0, 1), and T(z) the mean excess of |z| over 4 standard deviations (a diffusion model learns
-rare large values badly). The noise makes the decoder forgive the small errors of a generator; it is
-relative to the spread of the latents, so the encoder cannot escape it by scaling them up.
+mean of the logarithm, since a few strong edges have the energy of a whole texture), b the local
+log amplitudes by direction and scale (subbands.py), which a checkerboard cannot serve as it does e,
+D the difference of neighbouring frames, KL(z) the divergence of N(mean, variance) of each latent
+channel from N(0, 1), and T(z) the mean excess of |z| over 4 standard deviations (a diffusion model
+learns rare large values badly). The noise makes the decoder forgive small errors of a generator;
+it is relative to the spread of the latents, so the encoder cannot escape it by scaling them up.
 
 A patch critic may be added for the last part of the training (hinge loss).
 """
@@ -31,12 +33,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from aad1.errors import UserError
 from aad1.models.codec import to_pixels
+from aad1.stages.subbands import LUMA, luma, subband_error
 
 Logs = dict[str, Tensor]
 
 # One grey level, in pixels of [-1, 1]: texture fainter than that is not asked for.
 _TEXTURE_FLOOR = 1 / 127.5
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class CodecNetwork(Protocol):
@@ -58,6 +60,7 @@ class CodecLossConfig:
     noise: largest noise level s, in standard deviations of the latents.
     texture: at 0.3, a decoder meets this term in part with a faint checkerboard of single pixels,
         which raises `sharpness_ratio` more than what one sees; look at the pictures.
+    subbands: the same by direction and scale, so that no one kind of texture pays for another.
     pyramid_levels: levels of the Laplacian pyramid (each halves the size).
     """
 
@@ -65,6 +68,7 @@ class CodecLossConfig:
     l2: float = 1.0
     laplacian: float = 1.0
     texture: float = 0.03
+    subbands: float = 0.0
     temporal: float = 0.5
     moments: float = 1e-3
     tails: float = 0.1
@@ -84,22 +88,39 @@ def codec_loss(
 ) -> tuple[Tensor, Logs]:
     """The module's equation; pixels float [B, 3, T, H, W] in [-1, 1], latents [B, C, F, h, w].
 
-    Returns the loss and its unweighted terms, detached.
+    Returns the loss and its unweighted terms, detached. Always in float32, under autocast too:
+    bfloat16 rounds pixels to a quarter of a grey level, as much as fine texture has.
     """
-    x, y = reconstruction.float(), pixels.float()
+    with torch.autocast(pixels.device.type, enabled=False):
+        return _codec_loss(reconstruction.float(), pixels.float(), latents.float(), config)
+
+
+def _codec_loss(
+    x: Tensor, y: Tensor, latents: Tensor, config: CodecLossConfig
+) -> tuple[Tensor, Logs]:
     error = x - y
     terms = {
         "l1": error.abs().mean(),
         "l2": error.square().mean(),
         "laplacian": _pyramid_error(error, config.pyramid_levels),
         "texture": (_texture(x) - _texture(y)).abs().mean(),
-        "moments": _moment_divergence(latents.float()),
-        "tails": _excess(latents.float()),
+        "moments": _moment_divergence(latents),
+        "tails": _excess(latents),
     }
-    if pixels.shape[2] > 1:
+    if config.subbands > 0:
+        terms["subbands"] = subband_error(_rounded(x), y)
+    if y.shape[2] > 1:
         terms["temporal"] = error.diff(dim=2).abs().mean()
     loss = torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _rounded(pixels: Tensor) -> Tensor:
+    """Pixels as 8 bits hold them, with the gradient of the identity.
+
+    The source's faintest texture is in part its rounding, which decoded frames get as well.
+    """
+    return pixels + (((pixels + 1) * 127.5).round() / 127.5 - 1 - pixels).detach()
 
 
 def _images(video: Tensor) -> Tensor:
@@ -128,8 +149,7 @@ def _laplacian(image: Tensor) -> Tensor:
 
 def _texture(video: Tensor) -> Tensor:
     """Mean log |Laplacian of the luma| in windows of 8 x 8 pixels, stride 4."""
-    luma = _images(video).movedim(1, -1) @ video.new_tensor(_LUMA)
-    return nnf.avg_pool2d((_laplacian(luma[:, None]).abs() + _TEXTURE_FLOOR).log(), 8, stride=4)
+    return nnf.avg_pool2d((_laplacian(luma(video)).abs() + _TEXTURE_FLOOR).log(), 8, stride=4)
 
 
 def _moment_divergence(latents: Tensor) -> Tensor:
@@ -257,8 +277,8 @@ def sharpness_ratio(video: Tensor, reference: Tensor) -> float:
 
 
 def _mean_log_laplacian(video: Tensor) -> float:
-    luma = (video.float() @ torch.tensor(_LUMA, device=video.device)).flatten(0, -3)[:, None]
-    return float(_laplacian(luma).abs().log1p().double().mean())
+    images = (video.float() @ torch.tensor(LUMA, device=video.device)).flatten(0, -3)[:, None]
+    return float(_laplacian(images).abs().log1p().double().mean())
 
 
 def _check_pair(video: Tensor, reference: Tensor) -> None:

@@ -274,6 +274,39 @@ def test_wrong_latents_and_dtype_are_refused() -> None:
         CausalCodecConfig(widths=(16, 16, 16, 10))
 
 
+@torch.no_grad()
+def test_refinement_changes_nothing_until_it_is_trained_and_is_saved(tmp_path: Path) -> None:
+    plain = tiny_codec()
+    latents = torch.randn(2, 6, 3, 2, 3, generator=torch.Generator().manual_seed(4))
+    refined = plain.with_refinement(4)
+    assert torch.equal(refined.decode_pixels(latents), plain.decode_pixels(latents))
+    assert torch.equal(refined.encode(video()), plain.encode(video()))
+    torch.nn.init.normal_(refined.decoder.refine.conv2.weight, std=0.1)
+    pixels = refined.decode_pixels(latents)
+    assert (pixels - plain.decode_pixels(latents)).abs().max() > 1e-2
+    parts = stream_pixels(refined, latents, [1, 2])
+    torch.testing.assert_close(parts, pixels, atol=1e-5, rtol=0)
+    refined.save_pretrained(tmp_path)
+    loaded = load_codec(tmp_path)
+    assert isinstance(loaded, CausalCodec)
+    assert loaded.config.refine_width == 4
+    assert torch.equal(loaded.decode_pixels(latents), pixels)
+    with pytest.raises(UserError, match="refine_width 4"):
+        refined.with_refinement(4)
+    with pytest.raises(UserError, match="refine_width -1"):
+        CausalCodecConfig(refine_width=-1)
+
+
+def test_a_codec_saved_before_there_was_refinement_still_loads(tmp_path: Path) -> None:
+    codec = tiny_codec()
+    codec.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["refine_width"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    clip = video()
+    assert torch.equal(load_codec(tmp_path).encode(clip), codec.encode(clip))
+
+
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "codec"
     with pytest.raises(UserError, match=r"config\.json"):
@@ -404,6 +437,33 @@ def test_training_with_a_frozen_encoder_changes_the_decoder_alone(tmp_path: Path
     assert all(torch.equal(same[name], before[name]) for name in before if "latents" not in name)
     with pytest.raises(SystemExit):
         main([*flags.split(), "--freeze-encoder"])
+
+
+def test_the_packaged_codec_is_fine_tuned_and_judged_by_one_command(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "runs" / "train_codec.py"))["main"]
+    (tmp_path / "data").mkdir()
+    save_file({"video": moving_texture(size=32)}, tmp_path / "data" / "a.safetensors")
+    flags = f"--data {tmp_path}/data --out {tmp_path}/after --minutes 0.005 --batch 1 --frames 5"
+    flags += " --decoder-only --refine 4 --texture 0 --subbands 0.2 --report-every 0.01"
+    main([*flags.split(), "--init=packaged", "--device=cpu"])
+    before = load_file(PACKAGED / "doom" / "codec" / "model.safetensors")
+    after = load_file(tmp_path / "after" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "decoder.conv_out.weight" in changed
+    assert all(name.startswith("decoder.") for name in changed)
+    assert all(name.startswith("decoder.refine.") for name in after.keys() - before.keys())
+    # What training did not see is judged before, during and after, with the same figures.
+    figures = json.loads((tmp_path / "after" / "figures.json").read_text())
+    history = figures["history"]
+    assert [history[0]["update"], len(history) > 1] == [0, True]
+    assert figures["heldout_clips"] == 2
+    assert history[0].items() >= figures["before"].items()  # the same two clips, the same weights
+    assert figures["after"].keys() == figures["before"].keys()
+    assert {"psnr", "sharpness", "FDnss", "across", "nyquist"} <= figures["after"].keys()
+    clip = moving_texture(size=32)[-2:]
+    saved = load_codec(tmp_path / "after")
+    recomputed = psnr(saved.decode(saved.encode(clip)), clip)
+    assert figures["after"]["psnr"] == pytest.approx(recomputed, abs=1e-3)
 
 
 def test_texture_tells_fine_grain_from_a_few_strong_edges_of_the_same_energy() -> None:
