@@ -77,13 +77,15 @@ class Parts:
     """Folders and files that were searched."""
     problems: tuple[str, ...] = ()
     """Why files there could not be used."""
+    unread: tuple[str, ...] = ()
+    """Those of `problems` that are of files which could not be opened: any part may be in them."""
 
     def require(self, *names: str) -> None:
         """UserError that lists which of these parts are missing and where they were looked for."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             text = _missing(", ".join(missing), self.looked, self.problems)
-            alone = self.transformer is not None
+            alone = self.transformer is not None and not self.unread
             raise UserError(text + "; a base folder can supply what is missing" * alone)
 
     def source(self, name: str) -> Source:
@@ -102,7 +104,8 @@ def _missing(what: str, looked: Sequence[Path], problems: Sequence[str]) -> str:
 def find_parts(path: str | Path, base: str | Path | None = None, *, weights: str = "") -> Parts:
     """Find transformer, VAE, text encoder and tokenizer in a file or folder, without reading them.
 
-    base: another path that fills what `path` lacks.
+    base: another path that fills what `path` lacks; never the transformer, and nothing that may be
+        in a file of `path` that could not be opened.
     weights: which state dict of a .pt that holds several; "" prefers the moving average.
 
     UserError if there is nothing, a file has several candidates for a part, or the parts do not
@@ -110,14 +113,22 @@ def find_parts(path: str | Path, base: str | Path | None = None, *, weights: str
     """
     parts = _find(Path(path), weights)
     if base is not None:
+        parts.require("transformer")  # a generator that is damaged is not to become its teacher
         more = _find(Path(base), "")
+        for name in ("vae", "text_encoder"):
+            if parts.unread and getattr(parts, name) is None and getattr(more, name) is not None:
+                raise UserError(
+                    f"the {name} is not taken from {base}, as it may be in a file of {path} that "
+                    f"cannot be read; mend or remove that: {'; '.join(parts.unread)}"
+                )
         parts = Parts(
-            transformer=parts.transformer or more.transformer,
+            transformer=parts.transformer,
             vae=parts.vae or more.vae,
             text_encoder=parts.text_encoder or more.text_encoder,
             tokenizer=parts.tokenizer or more.tokenizer,
             looked=parts.looked + more.looked,
             problems=parts.problems + more.problems,
+            unread=more.unread,
         )
     _check_together(parts)
     return parts
@@ -132,6 +143,7 @@ def _find(path: Path, weights: str) -> Parts:
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     problems: list[str] = []
+    others: list[str] = []
     looked: list[Path] = []
     found: dict[str, Source] = {}
     # Deeper folders count only for what the shallower ones do not have.
@@ -146,7 +158,7 @@ def _find(path: Path, weights: str) -> Parts:
                 if kind in candidates:
                     candidates[kind].append(source)
                 elif folder == path and kind not in PART_NAMES:
-                    problems.append(_unrecognised(source.where, kind, source))
+                    others.append(_unrecognised(source.where, kind, source))
         for kind, sources in candidates.items():
             if len(sources) > 1:
                 where = ", ".join(str(s.where) for s in sources)
@@ -159,8 +171,8 @@ def _find(path: Path, weights: str) -> Parts:
                 found[kind] = sources[0]
     tokenizer = _tokenizer(path)
     if tokenizer is None and not found:
-        raise UserError(_missing("Wan weights", looked, problems))
-    return _parts(found, tokenizer, looked, problems)
+        raise UserError(_missing("Wan weights", looked, problems + others))
+    return _parts(found, tokenizer, looked, problems, others)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -171,10 +183,13 @@ def _parts(
     found: Mapping[str, Source],
     tokenizer: Path | None,
     looked: Sequence[Path],
-    problems: Sequence[str] = (),
+    unread: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> Parts:
     transformer, vae, text_encoder = (found.get(name) for name in PART_NAMES)
-    return Parts(transformer, vae, text_encoder, tokenizer, tuple(looked), tuple(problems))
+    return Parts(
+        transformer, vae, text_encoder, tokenizer, tuple(looked), (*unread, *others), tuple(unread)
+    )
 
 
 def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str, Source]]:

@@ -245,6 +245,32 @@ def test_missing_parts_are_listed_with_where_they_were_looked_for(tmp_path: Path
     refused(lambda: find_parts(tmp_path / "nowhere"), "nowhere does not exist")
 
 
+def test_a_base_does_not_stand_in_for_what_is_damaged(tmp_path: Path, base: Path) -> None:
+    """Or a distilled generator that was cut off while it was fetched would be its teacher."""
+    folder = tmp_path / "own"
+    write_original(folder, seed=3)
+    transformer = folder / "diffusion_pytorch_model.safetensors"
+    for file, rest in ((transformer, "no transformer found"), (folder / "Wan2.1_VAE.pth", "vae")):
+        kept = file.read_bytes()
+        file.write_bytes(kept[: len(kept) // 2])
+        refused(lambda: find_parts(folder, base), f"{file} is truncated", rest)
+        file.write_bytes(kept)
+    transformer.unlink()
+    refused(lambda: find_parts(folder, base), "no transformer found", str(folder))
+    torch.save({"generator": original_transformer(), "x": Evil("never")}, folder / "evil.pt")
+    refused(lambda: find_parts(folder, base), "no transformer found", "evil.pt", "could run any")
+    refused(lambda: find_parts(base / "Wan2.1_VAE.pth", base), "no transformer found")
+
+
+def test_a_base_stands_in_beside_files_that_are_no_part(tmp_path: Path, base: Path) -> None:
+    """As in a release that has its LoRA in the same folder."""
+    _plain(tmp_path, original_transformer())
+    save_file({"diffusion_model.blocks.0.ffn.0.diff": torch.zeros(2)}, tmp_path / "l.safetensors")
+    parts = find_parts(tmp_path, base)
+    assert parts.source("vae").where == base / "Wan2.1_VAE.pth" and not parts.unread
+    assert "is a LoRA" in parts.problems[0]
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _original(tmp_path, original_transformer())
     shard = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
