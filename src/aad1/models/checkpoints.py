@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,7 @@ def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str,
     Files that cannot be used are left out, and `problems` gets a line on each.
     """
     config = _config(folder)
+    before = len(problems)
     found: list[tuple[str, Source]] = []
     indexed: set[Path] = set()
     for index in sorted(folder.glob("*.index.json")):
@@ -221,7 +222,8 @@ def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str,
         for group in _group(same, problems) if kind in PART_NAMES else [[f] for f in same]:
             where = folder if len(group) > 1 else group[0].path
             found.append(_recognise(group, where, config))
-    return found
+    beside = tuple(problems[before:])
+    return [(kind, replace(source, beside=beside)) for kind, source in found]
 
 
 def _group(files: Sequence[TensorFile], problems: list[str]) -> list[list[TensorFile]]:
@@ -343,7 +345,7 @@ def _source(source: Source | str | Path, part: str) -> Source:
     if isinstance(source, Source):
         return source
     parts = find_parts(source)
-    if getattr(parts, part) is None:
+    if getattr(parts, part) is None and not parts.unread:
         there = [_SEEN[name] for name in PART_NAMES if getattr(parts, name) is not None]
         if there:
             raise UserError(f"{source} holds a {' and a '.join(there)}, not a {_SEEN[part]}")

@@ -224,6 +224,13 @@ class Source:
     """Name -> the file, and the name in it."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What a config.json beside the files, or the files themselves, say."""
+    beside: tuple[str, ...] = ()
+    """Why files in the same folder could not be read: what is missing here may be in them."""
+
+    @property
+    def reasons(self) -> str:
+        """`beside` as the end of a message on what is missing; "" if there is nothing."""
+        return f" ({'; '.join(self.beside)})" if self.beside else ""
 
     @property
     def fingerprint(self) -> str:

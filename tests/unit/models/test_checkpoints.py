@@ -288,6 +288,30 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     refused(lambda: load_wan_transformer(tmp_path), "00002-of-00003", "truncated")
 
 
+def test_a_shard_that_cannot_be_read_is_named_where_its_tensors_are_missed(tmp_path: Path) -> None:
+    """Shards without numbers in their names, of which the others look like a network by itself."""
+    _pt_shards(tmp_path, original_transformer())
+    shard = tmp_path / "model_3.pt"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-200])
+    refused(lambda: load_wan_transformer(tmp_path), "missing", f"{shard} is truncated")
+    for file in sorted(tmp_path.iterdir()):
+        file.unlink()
+    torch.save(original_vae(), tmp_path / "vae.pth")  # beside which all others are unread
+    shard.write_bytes(whole[:-200])
+    refused(lambda: load_wan_transformer(tmp_path), "no transformer found", f"{shard} is truncated")
+    shard.unlink()
+    (tmp_path / "vae.pth").unlink()
+    state = original_transformer()
+    head = {n: state.pop(n) for n in list(state) if n.startswith(("head", "patch_embedding"))}
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({"model": head, "args": Namespace(lr=1)}, tmp_path / "b.pt")
+    refused(
+        lambda: load_wan_transformer(tmp_path),
+        "incomplete: it has no patch_embedding.weight", "b.pt holds a Python object",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none_are_refused(base: Path, tmp_path: Path, value: float) -> None:
     """One among all, in any part; without this a grey video would come out, and exit code 0."""
