@@ -37,6 +37,7 @@ from aad1.models.tensor_files import (
 )
 from aad1.models.weights import (
     build_transformer,
+    check_fit,
     index_files,
     load_module,
     read_json,
@@ -403,15 +404,26 @@ def load_wan_vae(
     device: torch.device | str = "cpu",
 ) -> WanCodec:
     """Wan's video autoencoder; float32 by default. Needs diffusers."""
-    from aad1.models.wan_codec import WanCodec, autoencoder_class
+    from aad1.models.wan_codec import WanCodec
 
     source = _source(source, "vae")
-    config = vae_json(source)
-    with torch.device("meta"):
-        vae = autoencoder_class().from_config(config)
-        nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
+    vae = _empty_vae(source)
+    nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
     load_module(vae, source, device)
     return WanCodec(vae.eval()).to(device).eval()
+
+
+def _empty_vae(source: Source) -> nn.Module:
+    from aad1.models.wan_codec import autoencoder_class
+
+    with torch.device("meta"):
+        return autoencoder_class().from_config(vae_json(source))  # type: ignore[no-any-return]
+
+
+def check_vae(source: Source) -> None:
+    """UserError if tensors of the VAE are missing, unexpected or of other shapes. Needs
+    diffusers."""
+    check_fit(_empty_vae(source), source)
 
 
 def umt5_json(source: Source) -> dict[str, Any]:
