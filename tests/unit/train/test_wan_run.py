@@ -383,6 +383,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     [
         (dict(teacher=None), "needs --teacher"),
         (dict(teacher=Path("nowhere")), "nowhere does not exist"),
+        (dict(monitor=MonitorConfig(every=0, clips=9)), "holds 8 clips, monitor.clips asks for 9"),
         (dict(geometry=ChunkGeometry()), None),
         (dict(geometry=ChunkGeometry(chunk=3)), "5 latent frames do not split into 1"),
     ],
