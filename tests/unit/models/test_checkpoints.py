@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from argparse import Namespace
@@ -476,6 +477,16 @@ def test_damaged_pickles_are_named(tmp_path: Path, content: bytes) -> None:
     refused(lambda: find_parts(path), "x.pt is truncated or not a PyTorch file")
     torch.save([1], path)
     refused(lambda: find_parts(path), "must hold a dict")
+
+
+def test_a_pickle_that_torch_did_not_write_is_one_line(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for protocol in (2, 4, 5):
+        with (tmp_path / "x.pt").open("wb") as file:
+            pickle.dump({"args": Evil(str(tmp_path / "ran"))}, file, protocol)
+        refused(lambda: find_parts(tmp_path / "x.pt"), "x.pt")
+    assert not recwarn.list and not (tmp_path / "ran").exists()
 
 
 def test_names_that_do_not_fit_are_counted_before_anything_is_read(tmp_path: Path) -> None:
