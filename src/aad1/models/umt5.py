@@ -14,7 +14,8 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,7 +208,8 @@ class Umt5Encoder:
         if weights == "copy":
             encoder, held = "text_encoder", self.loaded
             self._model = self._model or self._load()
-            self._model.save_pretrained(path / encoder)  # type: ignore[operator]
+            with _without_bars():
+                self._model.save_pretrained(path / encoder)  # type: ignore[operator]
             if not held:
                 self.release()
         elif weights == "reference":
@@ -303,6 +305,20 @@ def _empty(source: Source) -> nn.Module:
     with torch.device("meta"):
         config = transformers.UMT5Config(**umt5_json(source))
         return transformers.UMT5EncoderModel(config)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' progress bars off, for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

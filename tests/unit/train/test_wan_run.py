@@ -214,7 +214,9 @@ def test_two_processes_read_their_shards_and_train_alike(
         assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > 0.99
 
 
-def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
+def test_what_comes_out_streams(
+    chain: Path, tiny_wan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     final = chain / "wan1.3b-aad" / "final"
     pipe = Pipeline.from_pretrained(final)
     assert torch.equal(pipe.text(["a square"]), Umt5Encoder.from_pretrained(
@@ -230,7 +232,10 @@ def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> 
     assert reference["base"] == str(tiny_wan.resolve())
     # Exported, the prompt encoder comes along.
     out = tmp_path / "exported"
+    capfd.readouterr()
     assert cli.main(["export", str(final), "--out", str(out), "--no-half"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "" and re.fullmatch(rf"{out}: \d+\.\d MiB\n", printed.out)
     source = Umt5Encoder.from_pretrained(out).source
     assert source is not None and out / "text" / "text_encoder" in source.parents
     assert torch.equal(
