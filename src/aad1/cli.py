@@ -171,6 +171,10 @@ def train(args: Train, rest: Sequence[str]) -> None:
     if cluster is not None:
         from aad1.train.plan import describe
 
+        for field in ("teacher", "init"):  # what a preset names itself need not be there yet
+            path: Path | None = getattr(chosen, field)
+            if path and path != getattr(default, field) and not path.exists():
+                raise UserError(f"--{field}: {path} does not exist")
         print(describe(chosen, cluster))
         return
     try:

@@ -119,17 +119,19 @@ class Lmdb:
 def videos(args: Videos) -> None:
     """Encode prompts, then videos; report what was left out."""
     from aad1.models.checkpoints import find_parts, load_wan_vae
-    from aad1.models.umt5 import NEGATIVE_PROMPT
+    from aad1.models.umt5 import NEGATIVE_PROMPT, check_umt5, find_encoder
     from aad1.train.videos import encode_videos
-    from aad1.train.wan_base import VideoSize, load_text_encoder
+    from aad1.train.wan_base import VideoSize, check_frames, load_text_encoder
 
     device, bf16 = _device(args.device, args.precision)
-    vae = find_parts(args.model).source("vae")
+    check_frames(args.frames)
+    vae, text = find_parts(args.model).source("vae"), find_encoder(args.model)[0]
+    check_umt5(text)
     encode_videos(
         args.folder, args.out, load_wan_vae(vae, device=device),
         lambda: load_text_encoder(args.model, device),
         size=VideoSize(width=args.width, height=args.height, frames=args.frames, fps=args.fps),
-        origin={"vae": vae.fingerprint, "text": _fingerprint_of_text(args.model)},
+        origin={"vae": vae.fingerprint, "text": text.fingerprint},
         device=device, bf16=bf16, clips_per_shard=args.shard,
         negative=NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
     )  # fmt: skip
@@ -140,27 +142,54 @@ def trajectories(args: Trajectories) -> None:
     from aad1.core.chunks import ChunkGeometry
     from aad1.data.shards import ClipShards
     from aad1.data.text_store import TextStore
-    from aad1.models.checkpoints import find_parts, load_wan_transformer
-    from aad1.models.umt5 import NEGATIVE_PROMPT
+    from aad1.models.checkpoints import find_parts, load_wan_transformer, umt5_json, wan_config
+    from aad1.models.umt5 import NEGATIVE_PROMPT, check_umt5, find_encoder
+    from aad1.models.weights import check_names
     from aad1.train.config import TrajectoryConfig
     from aad1.train.sources import key
     from aad1.train.trajectories import shards_of_part, write_trajectories
-    from aad1.train.wan_base import VideoSize, load_text_encoder, store_prompts
+    from aad1.train.wan_base import VideoSize, check_frames, load_text_encoder, store_prompts
     from aad1.train.wan_world import StoredConditioner, StoredText
 
     if (args.prompts is None) == (args.data is None):
         raise UserError("give either --prompts FILE or --data FOLDER")
     device, bf16 = _device(args.device, args.precision)
+    # What is wrong is told before a network is loaded, and before the folder is begun.
+    sigmas = _sigmas(args.student_steps, args.shift)
+    if args.steps < 1 or args.steps % args.student_steps:
+        unit = args.student_steps
+        low = args.steps // unit * unit
+        near = f"nearest are {low} and {low + unit}" if low >= unit else f"nearest is {unit}"
+        raise UserError(
+            f"--steps must be a multiple of --student-steps {unit}, whose noise levels are kept, "
+            f"got {args.steps}; the {near}"
+        )
     weights = find_parts(args.teacher).source("transformer")
+    network = wan_config(weights)
+    check_names(network, weights)
+    base = args.base or args.teacher
     if args.data is not None:
         shards = ClipShards(args.data)
         prompts = [clip[0] for clip in shards.captions]
         frames, height, width = shards.clip_shape[-3:]
+        try:
+            ChunkGeometry().chunks(frames)
+        except UserError as error:
+            raise UserError(f"--data {args.data}: {error}") from None
+        text_dim, where = TextStore(args.data / "text").dim, args.data / "text"
     else:
         assert args.prompts is not None
         prompts = _read_prompts(args.prompts)
+        check_frames(args.frames)
         size = VideoSize(width=args.width, height=args.height, frames=args.frames)
         frames, height, width = size.latent()
+        encoder = find_encoder(base)[0]
+        check_umt5(encoder)
+        text_dim, where = umt5_json(encoder)["d_model"], encoder.where
+    if text_dim != network.text_dim:
+        raise UserError(
+            f"{weights.where} takes text of width {network.text_dim}, {where} has {text_dim}"
+        )
     config = TrajectoryConfig(
         clips=args.clips or len(prompts), steps=args.steps, shift=args.shift,
         guidance_scale=args.guidance, batch=args.batch,
@@ -180,11 +209,10 @@ def trajectories(args: Trajectories) -> None:
         )  # fmt: skip
         store.copy_from(given, [given.negative, *mine])
     else:
-        base = args.base or args.teacher
         store = store_prompts(
             args.out / "text", mine, lambda: load_text_encoder(base, device),
             negative=NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt,
-            encoder=_fingerprint_of_text(base),
+            encoder=encoder.fingerprint,
         )  # fmt: skip
     gc.collect()
     import torch
@@ -196,8 +224,8 @@ def trajectories(args: Trajectories) -> None:
         teacher,
         StoredConditioner(text, ChunkGeometry(), store.negative),
         prompts,
-        (teacher.config.in_channels, frames, height, width),
-        _sigmas(args.student_steps, args.shift),
+        (network.in_channels, frames, height, width),
+        sigmas,
         config,
         made_by=f"{weights.fingerprint} {key(store.negative):016x}",
         seed=args.seed,

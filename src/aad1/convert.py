@@ -18,6 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,19 @@ from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models import wan_keys
-from aad1.models.checkpoints import Parts, find_parts, umt5_json, vae_json, wan_config
+from aad1.models.checkpoints import (
+    Parts,
+    check_vae,
+    find_parts,
+    umt5_json,
+    vae_json,
+    wan_config,
+)
 from aad1.models.dit import WanConfig
 from aad1.models.finite import finite
 from aad1.models.lora import merger
 from aad1.models.tensor_files import CONFIG_KEY, Source, Spec
+from aad1.models.umt5 import check_umt5
 from aad1.models.weights import (
     SHARD_BYTES,
     STEM,
@@ -144,6 +153,7 @@ def convert(
         with replace_file(target) as temporary:
             made.self_forcing(temporary) if to == "self-forcing" else made.comfyui(temporary)
         return ["transformer"]
+    _check_others(parts)
     with replace_folder(target) as temporary:
         if to == "diffusers":
             made.diffusers(temporary, _scheduler(src, base))
@@ -161,6 +171,14 @@ def _info(src: Path, base: str | Path | None, recipe: str | None) -> ModelInfo:
     if ours and recipe is None:
         return read_info(src)
     return wan_info(recipe or "teacher", None, [src] if base is None else [src, Path(base)])
+
+
+def _check_others(parts: Parts) -> None:
+    """UserError if VAE or text encoder are incomplete, where the libraries that know are there."""
+    if parts.vae is not None and find_spec("diffusers"):
+        check_vae(parts.vae)
+    if parts.text_encoder is not None and find_spec("transformers"):
+        check_umt5(parts.text_encoder)
 
 
 def _check_plain(config: WanConfig, to: str) -> None:

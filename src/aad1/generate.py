@@ -17,7 +17,9 @@ from aad1.flags import check_size, pair_loras, parse_size
 if TYPE_CHECKING:
     import torch
 
+    from aad1.model_info import ModelInfo
     from aad1.pipeline import Pipeline, Stream
+    from aad1.rollout.teacher import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ def generate(args: Generate) -> None:
 
     from aad1.media import check_video_path, read_image
     from aad1.pipeline import Pipeline, find_model, pick_device, read_info
-    from aad1.wan_folder import UNIT, WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, find_wan, is_wan
 
     if args.chunks < 1:
         raise UserError(f"--chunks must be at least 1, got {args.chunks}")
@@ -115,16 +117,22 @@ def generate(args: Generate) -> None:
     size = parse_size(args.size)
     folder = find_model(args.model)
     wan = is_wan(folder)
-    info = None if wan else read_info(folder)
     # What is wrong is told now, not when 14 billion weights have been read.
     if wan and size is not None:
         check_size(size, (UNIT, UNIT))
     if args.image is not None:
         read_image(args.image, width=UNIT, height=UNIT)
-    teacher = args.recipe in (None, "teacher") if info is None else info.stage == "teacher"
+    if wan:
+        few = None if args.recipe in (None, "teacher") else args.steps
+        base = None if args.base is None else find_model(args.base)
+        _, info = find_wan(folder, base=base, recipe=args.recipe, steps=few, weights=args.weights)
+    else:
+        info = read_info(folder)
+    _check(args, info)
+    teacher = info.stage == "teacher"
     device = pick_device(args.device)
     dtype = torch.float32
-    large = device.type == "cuda" and (wan or (info is not None and info.world == WORLD))
+    large = device.type == "cuda" and (wan or info.world == WORLD)
     if args.dtype == "bfloat16" or (args.dtype == "auto" and large):
         dtype = torch.bfloat16
     pipe = Pipeline.from_pretrained(
@@ -134,12 +142,27 @@ def generate(args: Generate) -> None:
         decoder=args.decoder, single_pass=args.single_pass,
     )  # fmt: skip
     _speed_up(pipe, args)
-    if pipe.info.stage == "teacher" and args.image is None:
+    if teacher:
         return _sample(pipe, args, size)
-    given = [name for name in TEACHER_FLAGS if getattr(args, name) is not None]
-    if given and pipe.info.stage != "teacher":
-        raise UserError(f"--{given[0].replace('_', '-')} is for teachers; this model is distilled")
     _stream(pipe, args, size)
+
+
+def _check(args: Generate, info: ModelInfo) -> None:
+    """UserError for flags that a model of that kind cannot follow."""
+    if args.seconds is not None and not 0 < args.seconds < float("inf"):
+        raise UserError(f"seconds must be above 0, got {args.seconds}")
+    if info.stage == "teacher":
+        if args.endless:
+            raise UserError("--endless needs a distilled model; a teacher makes whole clips")
+        if args.image is not None or args.single_pass:
+            info.check_streams()
+        _sampling(args, info)
+        return
+    given = [name for name in TEACHER_FLAGS if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is for teachers; this model is distilled")
+    if args.image is None and not info.text_to_video:
+        raise UserError("this model continues an image: give one (--image)")
 
 
 def _speed_up(pipe: Pipeline, args: Generate) -> None:
@@ -229,18 +252,9 @@ def _sample(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> Non
 
     from aad1.media import write_video
 
-    if args.endless:
-        raise UserError("--endless needs a distilled model; a teacher makes whole clips")
-    changes = {
-        name: getattr(args, name)
-        for name in ("steps", *TEACHER_FLAGS)
-        if getattr(args, name) is not None
-    }
-    sampling = replace(pipe.info.sampling, **changes)
+    sampling = _sampling(args, pipe.info)
     frames = None
     if args.seconds is not None:
-        if not 0 < args.seconds < float("inf"):
-            raise UserError(f"seconds must be above 0, got {args.seconds}")
         frames = pipe.frames(
             1 + max(0, round(args.seconds * pipe.info.fps / pipe.codec.temporal_stride))
         )
@@ -263,3 +277,10 @@ def _sample(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> Non
     write_video(args.out, video, pipe.info.fps, scale=args.scale or None)
     seconds = time.perf_counter() - began
     print(f"{args.out}: {len(video)} frames, {sampling.steps} steps in {seconds:.1f} s")
+
+
+def _sampling(args: Generate, info: ModelInfo) -> Sampling:
+    """How a teacher is to be sampled. UserError for what cannot be."""
+    names = ("steps", *TEACHER_FLAGS)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(info.sampling, **given)

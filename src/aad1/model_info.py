@@ -55,6 +55,14 @@ class ModelInfo:
         if self.stage not in STAGES:
             raise UserError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
 
+    def check_streams(self) -> None:
+        """UserError for a teacher."""
+        if self.stage == "teacher":
+            raise UserError(
+                "this model is a bidirectional teacher and cannot stream; "
+                "distil it first (stages I to III)"
+            )
+
 
 def read_info(folder: Path) -> ModelInfo:
     """model_index.json as a `ModelInfo`; UserError if it is missing or of another format."""

@@ -310,11 +310,7 @@ class Pipeline:
     @property
     def rollout(self) -> Rollout:
         """The generator with its geometry and noise levels. UserError for a teacher."""
-        if self.info.stage == "teacher":
-            raise UserError(
-                "this model is a bidirectional teacher and cannot stream; "
-                "distil it first (stages I to III)"
-            )
+        self.info.check_streams()
         return Rollout(self.transformer, self.info.geometry, self.info.sigmas)
 
     def speed_up(self, config: FastConfig | None = None) -> None:

@@ -16,7 +16,7 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.core.flow import sigma_grid
 from aad1.errors import UserError
 from aad1.model_info import INDEX, ModelInfo
-from aad1.models.checkpoints import find_parts, load_wan_transformer, load_wan_vae
+from aad1.models.checkpoints import Parts, find_parts, load_wan_transformer, load_wan_vae
 from aad1.models.codec import Codec
 from aad1.models.dit import WanTransformer
 from aad1.models.tensor_files import PICKLES, SAFETENSORS
@@ -109,13 +109,7 @@ def load_wan(
 
     UserError lists what is missing and where it was looked for.
     """
-    if (path / INDEX).exists():
-        _refuse_variants(path)
-    parts = find_parts(path, base, weights=weights)
-    parts.require("transformer", "vae", "text_encoder", "tokenizer")
-    alone = base is not None and find_parts(path, weights=weights).vae is None
-    places = [path] if base is None else [path, base]
-    info = wan_info(recipe or (None if alone else "teacher"), steps, places)
+    parts, info = find_wan(path, base=base, recipe=recipe, steps=steps, weights=weights)
     transformer = load_wan_transformer(
         parts.source("transformer"), dtype, transformer_device or device, loras
     )
@@ -125,6 +119,19 @@ def load_wan(
         parts.source("text_encoder"), parts.tokenizer, device=device, dtype=dtype, cache=text_cache
     )
     return transformer, codec, text, info
+
+
+def find_wan(
+    path: Path, *, base: Path | None, recipe: str | None, steps: int | None, weights: str = ""
+) -> tuple[Parts, ModelInfo]:
+    """What `load_wan` loads, before any weight is read. UserError as there."""
+    if (path / INDEX).exists():
+        _refuse_variants(path)
+    parts = find_parts(path, base, weights=weights)
+    parts.require("transformer", "vae", "text_encoder", "tokenizer")
+    alone = base is not None and find_parts(path, weights=weights).vae is None
+    places = [path] if base is None else [path, base]
+    return parts, wan_info(recipe or (None if alone else "teacher"), steps, places)
 
 
 def wan_info(recipe: str | None, steps: int | None, places: list[Path]) -> ModelInfo:

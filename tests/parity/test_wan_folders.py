@@ -235,14 +235,30 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("aad1.pipeline.load_wan", never)
+    picture = tmp_path / "in.png"
+    Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(picture)
+    few = dict(recipe="self-forcing")
     for flags, message in (
-        (dict(size="832x488"), "height 488 is not divisible by 16 (nearest 480 or 496)"),
-        (dict(image=tmp_path / "gone.png"), "gone.png"),
+        (few | dict(size="832x488"), "height 488 is not divisible by 16 (nearest 480 or 496)"),
+        (few | dict(image=tmp_path / "gone.png"), "gone.png"),
+        (few | dict(seconds=-1), "seconds must be above 0, got -1"),
+        (few | dict(shift=3), "--shift is for teachers"),
+        (dict(recipe="aad1"), "this model continues an image: give one (--image)"),
+        (dict(image=picture), "bidirectional teacher and cannot stream"),
+        (dict(single_pass=True), "bidirectional teacher and cannot stream"),
+        (dict(endless=True), "--endless needs a distilled model"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(guidance=-1), "guidance must be at least 0, got -1"),
+        (dict(seconds=-1), "seconds must be above 0, got -1"),
     ):
-        assert run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", **flags)) == 2
+        assert run(*command(wan_folder, tmp_path / "o.mp4", **flags)) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(AssertionError, match="weights were read"):
-        run(*command(wan_folder, tmp_path / "o.mp4", recipe="self-forcing", size="832x480"))
+    for flags in (few | dict(size="832x480"), dict(recipe="aad1", image=picture), dict(steps=3)):
+        with pytest.raises(AssertionError, match="weights were read"):
+            run(*command(wan_folder, tmp_path / "o.mp4", **flags))
+    pytest.importorskip("fastapi")
+    assert run("serve", "--model", wan_folder, "--port", "0") == 2
+    assert "bidirectional teacher and cannot stream" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [(850, 480), (832, 481), (0, 480), (832, -16)])

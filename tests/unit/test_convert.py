@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,11 +228,37 @@ def test_numbers_that_no_file_should_hold(original: Path, tmp_path: Path) -> Non
 
 def test_a_failed_conversion_leaves_nothing(original: Path, tmp_path: Path) -> None:
     save_file(original_transformer(), tmp_path / "x.safetensors")
-    damaged = tmp_path / "vae.pth"
     vae = original_vae()
-    del vae["conv1.weight"]
-    torch.save(vae | {"conv9.weight": torch.zeros(1)}, damaged)
-    with pytest.raises(UserError, match=r"conv9\.weight is no name of this network"):
+    vae["conv1.weight"][0] = float("nan")
+    torch.save(vae, tmp_path / "vae.pth")
+    with pytest.raises(UserError, match=r"quant_conv\.weight holds NaN or infinity"):
         convert(tmp_path, tmp_path / "out" / "new", "original")
     assert not (tmp_path / "out" / "new").exists()
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "module,file,lost,told",
+    [
+        ("diffusers", "Wan2.1_VAE.pth", "decoder.head.2.bias", "decoder.conv_out.bias"),
+        ("transformers", "models_t5_umt5-xxl-enc-bf16.pth", "blocks.1.ffn.fc1.weight",
+         "encoder.block.1.layer.1.DenseReluDense.wi_1.weight"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_incomplete_are_not_copied(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    module: str, file: str, lost: str, told: str,
+) -> None:  # fmt: skip
+    pytest.importorskip(module)
+    shutil.copytree(original, tmp_path / "own")
+    path = tmp_path / "own" / file
+    state = torch.load(path, weights_only=True)
+    del state[lost]
+    torch.save(state, path)
+    for to in ("diffusers", "original", "pipeline"):
+        assert main(["convert", str(path.parent), str(tmp_path / "out"), "--to", to]) == 2
+        printed = capsys.readouterr()
+        assert f"{file} does not fit the model: 1 missing ({told})" in printed.err
+        assert printed.err.count("\n") == 1 and not printed.out
+    assert [p.name for p in tmp_path.iterdir()] == ["own"]
+    convert(path.parent, tmp_path / "x.pt", "self-forcing")  # which has the transformer alone

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from aad1.models.tensor_files import (
 )
 from aad1.models.weights import (
     build_transformer,
+    check_fit,
     index_files,
     load_module,
     read_json,
@@ -77,13 +78,15 @@ class Parts:
     """Folders and files that were searched."""
     problems: tuple[str, ...] = ()
     """Why files there could not be used."""
+    unread: tuple[str, ...] = ()
+    """Those of `problems` that are of files which could not be opened: any part may be in them."""
 
     def require(self, *names: str) -> None:
         """UserError that lists which of these parts are missing and where they were looked for."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             text = _missing(", ".join(missing), self.looked, self.problems)
-            alone = self.transformer is not None
+            alone = self.transformer is not None and not self.unread
             raise UserError(text + "; a base folder can supply what is missing" * alone)
 
     def source(self, name: str) -> Source:
@@ -102,7 +105,8 @@ def _missing(what: str, looked: Sequence[Path], problems: Sequence[str]) -> str:
 def find_parts(path: str | Path, base: str | Path | None = None, *, weights: str = "") -> Parts:
     """Find transformer, VAE, text encoder and tokenizer in a file or folder, without reading them.
 
-    base: another path that fills what `path` lacks.
+    base: another path that fills what `path` lacks; never the transformer, and nothing that may be
+        in a file of `path` that could not be opened.
     weights: which state dict of a .pt that holds several; "" prefers the moving average.
 
     UserError if there is nothing, a file has several candidates for a part, or the parts do not
@@ -110,14 +114,22 @@ def find_parts(path: str | Path, base: str | Path | None = None, *, weights: str
     """
     parts = _find(Path(path), weights)
     if base is not None:
+        parts.require("transformer")  # a generator that is damaged is not to become its teacher
         more = _find(Path(base), "")
+        for name in ("vae", "text_encoder"):
+            if parts.unread and getattr(parts, name) is None and getattr(more, name) is not None:
+                raise UserError(
+                    f"the {name} is not taken from {base}, as it may be in a file of {path} that "
+                    f"cannot be read; mend or remove that: {'; '.join(parts.unread)}"
+                )
         parts = Parts(
-            transformer=parts.transformer or more.transformer,
+            transformer=parts.transformer,
             vae=parts.vae or more.vae,
             text_encoder=parts.text_encoder or more.text_encoder,
             tokenizer=parts.tokenizer or more.tokenizer,
             looked=parts.looked + more.looked,
             problems=parts.problems + more.problems,
+            unread=more.unread,
         )
     _check_together(parts)
     return parts
@@ -132,6 +144,7 @@ def _find(path: Path, weights: str) -> Parts:
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     problems: list[str] = []
+    others: list[str] = []
     looked: list[Path] = []
     found: dict[str, Source] = {}
     # Deeper folders count only for what the shallower ones do not have.
@@ -146,7 +159,7 @@ def _find(path: Path, weights: str) -> Parts:
                 if kind in candidates:
                     candidates[kind].append(source)
                 elif folder == path and kind not in PART_NAMES:
-                    problems.append(_unrecognised(source.where, kind, source))
+                    others.append(_unrecognised(source.where, kind, source))
         for kind, sources in candidates.items():
             if len(sources) > 1:
                 where = ", ".join(str(s.where) for s in sources)
@@ -159,8 +172,8 @@ def _find(path: Path, weights: str) -> Parts:
                 found[kind] = sources[0]
     tokenizer = _tokenizer(path)
     if tokenizer is None and not found:
-        raise UserError(_missing("Wan weights", looked, problems))
-    return _parts(found, tokenizer, looked, problems)
+        raise UserError(_missing("Wan weights", looked, problems + others))
+    return _parts(found, tokenizer, looked, problems, others)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -171,10 +184,13 @@ def _parts(
     found: Mapping[str, Source],
     tokenizer: Path | None,
     looked: Sequence[Path],
-    problems: Sequence[str] = (),
+    unread: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> Parts:
     transformer, vae, text_encoder = (found.get(name) for name in PART_NAMES)
-    return Parts(transformer, vae, text_encoder, tokenizer, tuple(looked), tuple(problems))
+    return Parts(
+        transformer, vae, text_encoder, tokenizer, tuple(looked), (*unread, *others), tuple(unread)
+    )
 
 
 def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str, Source]]:
@@ -183,6 +199,7 @@ def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str,
     Files that cannot be used are left out, and `problems` gets a line on each.
     """
     config = _config(folder)
+    before = len(problems)
     found: list[tuple[str, Source]] = []
     indexed: set[Path] = set()
     for index in sorted(folder.glob("*.index.json")):
@@ -206,7 +223,8 @@ def _sources(folder: Path, weights: str, problems: list[str]) -> list[tuple[str,
         for group in _group(same, problems) if kind in PART_NAMES else [[f] for f in same]:
             where = folder if len(group) > 1 else group[0].path
             found.append(_recognise(group, where, config))
-    return found
+    beside = tuple(problems[before:])
+    return [(kind, replace(source, beside=beside)) for kind, source in found]
 
 
 def _group(files: Sequence[TensorFile], problems: list[str]) -> list[list[TensorFile]]:
@@ -328,7 +346,7 @@ def _source(source: Source | str | Path, part: str) -> Source:
     if isinstance(source, Source):
         return source
     parts = find_parts(source)
-    if getattr(parts, part) is None:
+    if getattr(parts, part) is None and not parts.unread:
         there = [_SEEN[name] for name in PART_NAMES if getattr(parts, name) is not None]
         if there:
             raise UserError(f"{source} holds a {' and a '.join(there)}, not a {_SEEN[part]}")
@@ -386,15 +404,26 @@ def load_wan_vae(
     device: torch.device | str = "cpu",
 ) -> WanCodec:
     """Wan's video autoencoder; float32 by default. Needs diffusers."""
-    from aad1.models.wan_codec import WanCodec, autoencoder_class
+    from aad1.models.wan_codec import WanCodec
 
     source = _source(source, "vae")
-    config = vae_json(source)
-    with torch.device("meta"):
-        vae = autoencoder_class().from_config(config)
-        nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
+    vae = _empty_vae(source)
+    nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
     load_module(vae, source, device)
     return WanCodec(vae.eval()).to(device).eval()
+
+
+def _empty_vae(source: Source) -> nn.Module:
+    from aad1.models.wan_codec import autoencoder_class
+
+    with torch.device("meta"):
+        return autoencoder_class().from_config(vae_json(source))  # type: ignore[no-any-return]
+
+
+def check_vae(source: Source) -> None:
+    """UserError if tensors of the VAE are missing, unexpected or of other shapes. Needs
+    diffusers."""
+    check_fit(_empty_vae(source), source)
 
 
 def umt5_json(source: Source) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,9 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"  # files from before PyTorch 1.6 are no zip
-        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():  # of protocols that are refused anyhow
+            warnings.simplefilter("ignore")
+            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
@@ -224,6 +227,13 @@ class Source:
     """Name -> the file, and the name in it."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What a config.json beside the files, or the files themselves, say."""
+    beside: tuple[str, ...] = ()
+    """Why files in the same folder could not be read: what is missing here may be in them."""
+
+    @property
+    def reasons(self) -> str:
+        """`beside` as the end of a message on what is missing; "" if there is nothing."""
+        return f" ({'; '.join(self.beside)})" if self.beside else ""
 
     @property
     def fingerprint(self) -> str:

@@ -14,7 +14,8 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,14 @@ from aad1.errors import UserError
 from aad1.models.checkpoints import find_parts, umt5_json, umt5_source
 from aad1.models.tensor_files import Source
 from aad1.models.text import warn_once
-from aad1.models.weights import load_module, read_json, read_tensors, write_json, write_tensors
+from aad1.models.weights import (
+    check_fit,
+    load_module,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 CONFIG_FILE = "config.json"
 CLASS_NAMES = ("Umt5Encoder", "UMT5EncoderModel")
@@ -200,7 +208,8 @@ class Umt5Encoder:
         if weights == "copy":
             encoder, held = "text_encoder", self.loaded
             self._model = self._model or self._load()
-            self._model.save_pretrained(path / encoder)  # type: ignore[operator]
+            with _without_bars():
+                self._model.save_pretrained(path / encoder)  # type: ignore[operator]
             if not held:
                 self.release()
         elif weights == "reference":
@@ -280,12 +289,36 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def load_umt5(source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """transformers' `UMT5EncoderModel` with these tensors, read file by file into place."""
+    model = _empty(source).to(dtype)
+    load_module(model, source, device)
+    return model.eval().requires_grad_(False)
+
+
+def check_umt5(source: Source) -> None:
+    """UserError if tensors of the encoder are missing, unexpected or of other shapes. Needs
+    transformers."""
+    check_fit(_empty(source), source)
+
+
+def _empty(source: Source) -> nn.Module:
     transformers = _transformers()
     with torch.device("meta"):
         config = transformers.UMT5Config(**umt5_json(source))
-        model = transformers.UMT5EncoderModel(config).to(dtype)
-    load_module(model, source, device)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+        return transformers.UMT5EncoderModel(config)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' progress bars off, for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

@@ -94,7 +94,7 @@ def transformer_config(source: Source) -> WanConfig:
 
     def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
         if name not in specs:
-            raise UserError(f"{source.where} is incomplete: it has no {name}")
+            raise UserError(f"{source.where} is incomplete: it has no {name}{source.reasons}")
         found = specs[name].shape
         if len(found) != dimensions:
             raise UserError(f"{source.where}: {name} is {list(found)}, no weight of a Wan model")
@@ -112,6 +112,7 @@ def transformer_config(source: Source) -> WanConfig:
         raise UserError(
             f"{source.where} is incomplete: it has {layers} of {wanted} blocks"
             + (f" of Wan {name}" if name else "")
+            + source.reasons
         )
     heads = config.get("num_attention_heads", config.get("num_heads"))
     if not isinstance(heads, int) or heads < 1 or width % heads:
@@ -147,7 +148,9 @@ def vae_config(source: Source) -> dict[str, Any]:
         base, pixels = specs["encoder.conv_in.weight"].shape[:2]
         out, last = specs["decoder.conv_out.weight"].shape[:2]
     except KeyError as error:
-        raise UserError(f"{source.where} is incomplete: the VAE has no {error}") from None
+        raise UserError(
+            f"{source.where} is incomplete: the VAE has no {error}{source.reasons}"
+        ) from None
     if z == 48 or any(re.search(r"downsamples\.\d+\.downsamples", name) for name in specs):
         raise UserError(f"{source.where} holds Wan 2.2's VAE, which is not supported")
     if z != 16:
@@ -162,7 +165,9 @@ def vae_config(source: Source) -> dict[str, Any]:
         elif f"{block}.conv1.weight" in specs:
             widths[-1].append(specs[f"{block}.conv1.weight"].shape[0])
     if not all(widths):
-        raise UserError(f"{source.where} is incomplete: the VAE's encoder lacks blocks")
+        raise UserError(
+            f"{source.where} is incomplete: the VAE's encoder lacks blocks{source.reasons}"
+        )
     return dict(
         base_dim=base,
         decoder_base_dim=None if last == base else last,
@@ -185,7 +190,9 @@ def umt5_config(source: Source) -> dict[str, Any]:
         inner = specs[f"{layer}0.SelfAttention.q.weight"].shape[0]
         ffn = specs[f"{layer}1.DenseReluDense.wi_0.weight"].shape[0]
     except KeyError as error:
-        raise UserError(f"{source.where} is incomplete: the text encoder has no {error}") from None
+        raise UserError(
+            f"{source.where} is incomplete: the text encoder has no {error}{source.reasons}"
+        ) from None
     return dict(
         vocab_size=vocabulary,
         d_model=width,

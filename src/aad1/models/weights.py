@@ -89,12 +89,14 @@ def write_tensors(
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Load a state dict; UserError lists missing, unexpected, wrongly shaped and damaged keys."""
-    _check_fit(module, {name: tuple(value.shape) for name, value in tensors.items()}, source)
+    _check_shapes(module, {name: tuple(value.shape) for name, value in tensors.items()}, source)
     check_finite(tensors, {name: total(value) for name, value in tensors.items()}, source)
     module.load_state_dict(dict(tensors))
 
 
-def _check_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def _check_shapes(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str, reasons: str = ""
+) -> None:
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     problems = []
     for title, keys in (
@@ -109,7 +111,24 @@ def _check_fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source:
             problems.append(f"{key} is {list(shapes[key])}, expected {list(own[key])}")
             break
     if problems:
-        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
+        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}{reasons}")
+
+
+def check_fit(module: nn.Module, source: Source) -> None:
+    """UserError unless names and shapes are those of the module; no number is read."""
+    shapes = {name: spec.shape for name, spec in source.specs.items()}
+    tied = _tied(module)
+    for name in source.places:
+        shapes |= dict.fromkeys(tied.get(name, ()), shapes[name])
+    _check_shapes(module, shapes, str(source.where), source.reasons)
+
+
+def _tied(module: nn.Module) -> dict[str, list[str]]:
+    """All names of the tensor that has a name."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        by_tensor.setdefault(id(value), []).append(name)
+    return {name: names for names in by_tensor.values() for name in names}
 
 
 def load_module(
@@ -127,15 +146,8 @@ def load_module(
     UserError before anything is read if names or shapes do not fit, and at the end if there are
     numbers that are not finite.
     """
-    own = module.state_dict(keep_vars=True)
-    by_tensor: dict[int, list[str]] = {}
-    for name, value in own.items():
-        by_tensor.setdefault(id(value), []).append(name)
-    tied = {name: names for names in by_tensor.values() for name in names}
-    shapes = {name: spec.shape for name, spec in source.specs.items()}
-    for name in source.places:
-        shapes |= dict.fromkeys(tied.get(name, ()), shapes[name])
-    _check_fit(module, shapes, str(source.where))
+    check_fit(module, source)
+    own, tied = module.state_dict(keep_vars=True), _tied(module)
     totals: dict[str, torch.Tensor] = {}
     for name, tensor in source.read():
         if change is not None:
@@ -290,8 +302,7 @@ def load_transformer(
 def check_names(config: WanConfig, source: Source) -> None:
     """UserError if a transformer of that configuration would not take the tensors of `source`."""
     with torch.device("meta"):
-        model = WanTransformer(config)
-    _check_fit(model, {name: spec.shape for name, spec in source.specs.items()}, str(source.where))
+        check_fit(WanTransformer(config), source)
 
 
 def build_transformer(

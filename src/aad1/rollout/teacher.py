@@ -56,7 +56,7 @@ def sample(
     Returns (x0, states [B, len(keep), C, F, H, W]).
     """
     levels = grid(solver_name, steps, shift)
-    index = [_index(levels.sigmas, level, steps, shift) for level in keep]
+    index = on_grid(keep, levels.sigmas, shift)
     given = 0 if image is None else image.shape[2]
     x, states = noise, {}
     if image is not None:
@@ -83,11 +83,15 @@ def sample(
     return x, kept
 
 
-def _index(sigmas: Sequence[float], level: float, steps: int, shift: float) -> int:
-    nearest = min(range(steps + 1), key=lambda i: abs(sigmas[i] - level))
-    if abs(sigmas[nearest] - level) > 1e-6:
-        raise UserError(
-            f"sigma {level} is not on the teacher's grid of {steps} steps with shift {shift}; "
-            f"the nearest is {sigmas[nearest]:.6f}"
-        )
-    return nearest
+def on_grid(levels: Sequence[float], sigmas: Sequence[float], shift: float) -> list[int]:
+    """Where noise levels stand among `sigmas` of a grid; UserError if one is not there."""
+    found = []
+    for level in levels:
+        nearest = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level))
+        if abs(sigmas[nearest] - level) > 1e-6:
+            raise UserError(
+                f"sigma {level} is not on the teacher's grid of {len(sigmas) - 1} steps with shift "
+                f"{shift}; the nearest is {sigmas[nearest]:.6f}"
+            )
+        found.append(nearest)
+    return found

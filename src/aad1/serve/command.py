@@ -127,7 +127,7 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
     from aad1.serve.guard import Limits
     from aad1.serve.model import PipelineModel
     from aad1.serve.server import create_app
-    from aad1.wan_folder import UNIT, WORLD, is_wan
+    from aad1.wan_folder import UNIT, WORLD, find_wan, is_wan
 
     for flag, value in (
         ("--max-image-mb", args.max_image_mb), ("--max-recording", args.max_recording),
@@ -144,12 +144,22 @@ def _app(args: Serve, token: bool = True) -> FastAPI:
         raise UserError(f"--threads must be at least 0, got {args.threads}")
     loras, size = pair_loras(args.lora, args.lora_scale), parse_size(args.size)
     folder = find_model(args.model)
-    if size is not None and is_wan(folder):
-        check_size(size, (UNIT, UNIT))  # now, not when all weights have been read
+    wan = is_wan(folder)
+    # What is wrong is told now, not when all weights have been read.
+    if wan and size is not None:
+        check_size(size, (UNIT, UNIT))
+    if wan:
+        base = None if args.base is None else find_model(args.base)
+        _, info = find_wan(
+            folder, base=base, recipe=args.recipe, steps=args.steps, weights=args.weights
+        )
+    else:
+        info = read_info(folder)
+    info.check_streams()
     device = pick_device(args.device)
     if args.threads or device.type == "cpu":
         torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
-    large = is_wan(folder) or read_info(folder).world == WORLD
+    large = wan or info.world == WORLD
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and large and device.type == "cuda")
     pipeline = Pipeline.from_pretrained(
         folder, device=device, dtype=torch.bfloat16 if half else torch.float32, base=args.base,

@@ -120,6 +120,7 @@ class Setup:
         self.teacher_info = _teacher_only(describe(folder), folder)
         world = WanWorld(data, e.seed, self.device)
         e.geometry.chunks(world.frames)  # refuses clips that are no whole number of chunks
+        world.check_heldout(e.monitor.clips)  # now, not when the run's folder has been begun
         student = e.init or folder
         self.parent = describe(student)
         self.generator = load_transformer(student, torch.float32, self.device, self.processes)

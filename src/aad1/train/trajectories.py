@@ -21,7 +21,8 @@ from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 from aad1.models.weights import read_json, write_json
 from aad1.pipeline import Pipeline
-from aad1.rollout.teacher import sample
+from aad1.rollout.solvers import grid
+from aad1.rollout.teacher import on_grid, sample
 from aad1.stages.base import Conditioner
 from aad1.train.config import TrajectoryConfig
 from aad1.train.log import RunLog
@@ -136,8 +137,9 @@ def write_trajectories(
         "shape": list(shape), "seed": seed, "made_by": made_by,
         "captions": f"{key(*captions):016x}",
     }  # fmt: skip
-    begin(out, facts)
+    on_grid(sigmas, grid("exact", config.steps, config.shift).sigmas, config.shift)
     mine = shards_of_part(config, part)
+    begin(out, facts)
     for done, (number, clips) in enumerate(mine, 1):
         path = out / shard_name(number)
         if read_header(path) is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from aad1.core.chunks import ChunkGeometry
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
 from aad1.models.codec import latent_frames
@@ -48,6 +49,21 @@ class VideoSize:
                 raise UserError(f"{name} must be a multiple of {step}, got {size}; use {near}")
         frames = latent_frames(self.frames, temporal_stride)
         return frames, self.height // spatial_stride, self.width // spatial_stride
+
+
+def check_frames(frames: int) -> None:
+    """UserError unless so many video frames are a picture and whole chunks, as training takes."""
+    geometry = ChunkGeometry()
+    picture = 1 + TEMPORAL_STRIDE * (geometry.first - 1)
+    unit = TEMPORAL_STRIDE * geometry.chunk
+    chunks, rest = divmod(frames - picture, unit)
+    if chunks < 1 or rest:
+        low = picture + unit * max(chunks, 1)
+        near = f"nearest are {low} and {low + unit}" if chunks >= 1 else f"nearest is {low}"
+        raise UserError(
+            f"--frames must be {picture} + {unit} n, a picture and n chunks, got {frames}; the "
+            f"{near}"
+        )
 
 
 def load_text_encoder(base: Path, device: torch.device) -> TextEncoder:

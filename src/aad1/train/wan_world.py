@@ -173,13 +173,17 @@ class WanWorld(World):
                 f"{folder} has clips of {list(theirs)}, {self.data.heldout} of {list(ours)}"
             )
 
-    @torch.no_grad()
-    def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:
+    def check_heldout(self, count: int) -> None:
+        """UserError unless there are so many held-out clips."""
         if count > len(self._heldout):
             raise UserError(
                 f"{self.data.heldout} holds {len(self._heldout)} clips, monitor.clips asks for "
                 f"{count}"
             )
+
+    @torch.no_grad()
+    def heldout(self, count: int, frames: int | None = None) -> tuple[torch.Tensor, Batch]:
+        self.check_heldout(count)
         batch = ClipSource(self._heldout, self.seed, self.device).of(range(count))
         batch = replace(batch, latents=batch.latents[:, :, : frames or self.frames])
         video = torch.cat([self.codec.decode(clip) for clip in batch.latents.split(1)])

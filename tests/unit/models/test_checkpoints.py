@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from argparse import Namespace
@@ -245,6 +246,32 @@ def test_missing_parts_are_listed_with_where_they_were_looked_for(tmp_path: Path
     refused(lambda: find_parts(tmp_path / "nowhere"), "nowhere does not exist")
 
 
+def test_a_base_does_not_stand_in_for_what_is_damaged(tmp_path: Path, base: Path) -> None:
+    """Or a distilled generator that was cut off while it was fetched would be its teacher."""
+    folder = tmp_path / "own"
+    write_original(folder, seed=3)
+    transformer = folder / "diffusion_pytorch_model.safetensors"
+    for file, rest in ((transformer, "no transformer found"), (folder / "Wan2.1_VAE.pth", "vae")):
+        kept = file.read_bytes()
+        file.write_bytes(kept[: len(kept) // 2])
+        refused(lambda: find_parts(folder, base), f"{file} is truncated", rest)
+        file.write_bytes(kept)
+    transformer.unlink()
+    refused(lambda: find_parts(folder, base), "no transformer found", str(folder))
+    torch.save({"generator": original_transformer(), "x": Evil("never")}, folder / "evil.pt")
+    refused(lambda: find_parts(folder, base), "no transformer found", "evil.pt", "could run any")
+    refused(lambda: find_parts(base / "Wan2.1_VAE.pth", base), "no transformer found")
+
+
+def test_a_base_stands_in_beside_files_that_are_no_part(tmp_path: Path, base: Path) -> None:
+    """As in a release that has its LoRA in the same folder."""
+    _plain(tmp_path, original_transformer())
+    save_file({"diffusion_model.blocks.0.ffn.0.diff": torch.zeros(2)}, tmp_path / "l.safetensors")
+    parts = find_parts(tmp_path, base)
+    assert parts.source("vae").where == base / "Wan2.1_VAE.pth" and not parts.unread
+    assert "is a LoRA" in parts.problems[0]
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _original(tmp_path, original_transformer())
     shard = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -260,6 +287,30 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     load_wan_transformer(tmp_path)  # complete again, without an index
     shard.write_bytes(kept[:-10])
     refused(lambda: load_wan_transformer(tmp_path), "00002-of-00003", "truncated")
+
+
+def test_a_shard_that_cannot_be_read_is_named_where_its_tensors_are_missed(tmp_path: Path) -> None:
+    """Shards without numbers in their names, of which the others look like a network by itself."""
+    _pt_shards(tmp_path, original_transformer())
+    shard = tmp_path / "model_3.pt"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-200])
+    refused(lambda: load_wan_transformer(tmp_path), "missing", f"{shard} is truncated")
+    for file in sorted(tmp_path.iterdir()):
+        file.unlink()
+    torch.save(original_vae(), tmp_path / "vae.pth")  # beside which all others are unread
+    shard.write_bytes(whole[:-200])
+    refused(lambda: load_wan_transformer(tmp_path), "no transformer found", f"{shard} is truncated")
+    shard.unlink()
+    (tmp_path / "vae.pth").unlink()
+    state = original_transformer()
+    head = {n: state.pop(n) for n in list(state) if n.startswith(("head", "patch_embedding"))}
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({"model": head, "args": Namespace(lr=1)}, tmp_path / "b.pt")
+    refused(
+        lambda: load_wan_transformer(tmp_path),
+        "incomplete: it has no patch_embedding.weight", "b.pt holds a Python object",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -426,6 +477,16 @@ def test_damaged_pickles_are_named(tmp_path: Path, content: bytes) -> None:
     refused(lambda: find_parts(path), "x.pt is truncated or not a PyTorch file")
     torch.save([1], path)
     refused(lambda: find_parts(path), "must hold a dict")
+
+
+def test_a_pickle_that_torch_did_not_write_is_one_line(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for protocol in (2, 4, 5):
+        with (tmp_path / "x.pt").open("wb") as file:
+            pickle.dump({"args": Evil(str(tmp_path / "ran"))}, file, protocol)
+        refused(lambda: find_parts(tmp_path / "x.pt"), "x.pt")
+    assert not recwarn.list and not (tmp_path / "ran").exists()
 
 
 def test_names_that_do_not_fit_are_counted_before_anything_is_read(tmp_path: Path) -> None:

@@ -30,13 +30,17 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make_app(samples: Path) -> Callable[..., Any]:
-    """make_app(model=None, token=None, **limits) -> the application with a fake model."""
+    """make_app(model=None, token=None, sampled=True, **limits) -> the application with a fake
+    model, with a sample picture or without."""
 
-    def make(model: Any = None, token: str | None = None, **limits: Any) -> Any:
+    def make(
+        model: Any = None, token: str | None = None, sampled: bool = True, **limits: Any
+    ) -> Any:
         model = model or FakeModel(fps=FAST)
         facts = Facts(
             name="fake", world="fake", width=16, height=16, fps=model.fps, chunk_frames=CHUNK,
-            keys={"left": "turn left"}, samples={"00.png": "go"}, folder=samples,
+            keys={"left": "turn left"}, samples={"00.png": "go"} if sampled else {},
+            folder=samples if sampled else None,
         )  # fmt: skip
         return create_app(model, facts, Limits(**limits), token=token)
 

@@ -118,6 +118,22 @@ def test_the_self_test_passes_and_can_fail(make_app: Callable[..., Any]) -> None
         selftest(make_app(Broken(fps=160.0)), ("go", "stop"))
 
 
+class Continuing(FakeModel):
+    """Begins with a picture, as a model for which none are packaged."""
+
+    def begin(self, image: Any, seed: int) -> Any:
+        if image is None:
+            raise UserError("this model continues an image")
+        return super().begin(image, seed)
+
+
+def test_the_self_test_makes_a_picture_where_there_is_no_sample(
+    make_app: Callable[..., Any],
+) -> None:
+    app = make_app(Continuing(fps=160.0), sampled=False)
+    assert "161 frames" in selftest(app, ("go", "a" * 200))[0]
+
+
 class Leaving(FakeModel):
     """Leaves a thread behind."""
 

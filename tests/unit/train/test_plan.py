@@ -28,6 +28,10 @@ def test_a_dry_run_of_the_full_size_needs_nothing(
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["train", "sprites-dmd", "--dry-run"]) == 2
     assert "knows the Wan presets" in capsys.readouterr().err
+    for field in ("teacher", "init"):
+        assert cli.main(["train", "wan14b-aad", "--dry-run", f"--{field}", "nowhere"]) == 2
+        printed = capsys.readouterr()
+        assert printed.err == f"aad1: --{field}: nowhere does not exist\n" and not printed.out
     for flags, message in (
         (("--gpus", "0"), "--gpus must be at least 1, got 0"),
         (("--mfu", "2"), "--mfu must be in (0, 1], got 2.0"),

@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launch import aad1, finish
+from safetensors.torch import save_file
 
 from aad1 import cli
 from aad1.convert import convert
 from aad1.core.chunks import ChunkGeometry
-from aad1.data.shards import ClipShards
+from aad1.data.shards import ClipShards, write_manifest, write_shard
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
 from aad1.models.discriminator import DiscriminatorConfig
@@ -39,6 +41,7 @@ from aad1.train.record import read_record, write_record
 from aad1.train.run import Run
 from aad1.train.sources import Stored, permuted
 from aad1.train.wan_world import ClipSource, StoredConditioner, WanWorld
+from wan_files import original_transformer
 
 STAGES = ("ode", "dmd", "aad")
 MODEL = WanConfig(
@@ -211,7 +214,9 @@ def test_two_processes_read_their_shards_and_train_alike(
         assert float(torch.cosine_similarity(one - start, two - start, dim=0)) > 0.99
 
 
-def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> None:
+def test_what_comes_out_streams(
+    chain: Path, tiny_wan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     final = chain / "wan1.3b-aad" / "final"
     pipe = Pipeline.from_pretrained(final)
     assert torch.equal(pipe.text(["a square"]), Umt5Encoder.from_pretrained(
@@ -227,7 +232,10 @@ def test_what_comes_out_streams(chain: Path, tiny_wan: Path, tmp_path: Path) -> 
     assert reference["base"] == str(tiny_wan.resolve())
     # Exported, the prompt encoder comes along.
     out = tmp_path / "exported"
+    capfd.readouterr()
     assert cli.main(["export", str(final), "--out", str(out), "--no-half"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "" and re.fullmatch(rf"{out}: \d+\.\d MiB\n", printed.out)
     source = Umt5Encoder.from_pretrained(out).source
     assert source is not None and out / "text" / "text_encoder" in source.parents
     assert torch.equal(
@@ -380,6 +388,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     [
         (dict(teacher=None), "needs --teacher"),
         (dict(teacher=Path("nowhere")), "nowhere does not exist"),
+        (dict(monitor=MonitorConfig(every=0, clips=9)), "holds 8 clips, monitor.clips asks for 9"),
         (dict(geometry=ChunkGeometry()), None),
         (dict(geometry=ChunkGeometry(chunk=3)), "5 latent frames do not split into 1"),
     ],
@@ -501,9 +510,64 @@ def test_trajectories_from_a_file_of_prompts(
         assert message in capsys.readouterr().err
 
 
+def test_what_cannot_be_is_told_before_anything_is_loaded_or_written(
+    data: Path, tiny_wan: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("weights were read")
+
+    for name in ("train.wan_base.load_text_encoder", "models.checkpoints.load_wan_transformer",
+                 "models.checkpoints.load_wan_vae"):  # fmt: skip
+        monkeypatch.setattr(f"aad1.{name}", never)
+    states = {
+        "narrow": original_transformer(text=16),
+        "clip": original_transformer(text=24) | {"img_emb.proj.0.weight": torch.zeros(2)},
+        "cut": original_transformer(text=24),
+    }
+    del states["cut"]["head.modulation"]
+    for name, state in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    short, prompts = tmp_path / "short", tmp_path / "prompts.txt"
+    short.mkdir()
+    latents = np.zeros((1, 16, 3, 4, 4), np.float16)  # of 9 frames
+    write_shard(short / "shard-00000.safetensors", latents, [["a"]], tensor="latents")
+    write_manifest(short, world="wan", split="train", seed=0, config={}, tensor="latents",
+                   shards=[("shard-00000.safetensors", 1)])  # fmt: skip
+    prompts.write_text("a\n")
+    told = ["--prompts", str(prompts), "--base", str(tiny_wan), "--width", "32", "--height", "32"]
+    clips = ["--data", str(data / "clips")]
+    size = ["--width", "32", "--height", "32", "--model", str(tiny_wan)]
+    out, wan = tmp_path / "out", str(tiny_wan)
+    narrow, clip, cut = (str(tmp_path / f"{name}.safetensors") for name in states)
+    widths = "narrow.safetensors takes text of width 16, "
+    for words, message in (
+        (["trajectories", "--teacher", narrow, *told], f"{widths}{tiny_wan / 'text_encoder'}"),
+        (["trajectories", "--teacher", narrow, *clips], f"{widths}{data / 'clips' / 'text'} has"),
+        (["trajectories", "--teacher", clip, *told], "CLIP image branch"),
+        (["trajectories", "--teacher", clip, *clips], "CLIP image branch"),
+        (["trajectories", "--teacher", cut, *told], "1 missing (scale_shift_table)"),
+        (["trajectories", "--teacher", wan, *told, "--frames", "9"],
+         "--frames must be 1 + 16 n, a picture and n chunks, got 9; the nearest is 17"),
+        (["trajectories", "--teacher", wan, "--data", str(short)], "3 latent frames do not split"),
+        (["trajectories", "--teacher", wan, *told, "--steps", "5"],
+         "--steps must be a multiple of --student-steps 2, whose noise levels are kept, got 5; the "
+         "nearest are 4 and 6"),
+        (["trajectories", "--teacher", wan, *clips, "--steps", "0"], "got 0; the nearest is 2"),
+        (["videos", str(videos), *size, "--frames", "9"], "got 9; the nearest is 17"),
+        (["videos", str(videos), *size, "--frames", "80"], "got 80; the nearest are 65 and 81"),
+    ):  # fmt: skip
+        assert cli.main(["data", *words, "--out", str(out), "--device", "cpu"]) == 2, message
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert not out.exists()
+    with pytest.raises(AssertionError, match="weights were read"):
+        cli.main(["data", "trajectories", "--teacher", wan, *told, "--out", str(out),
+                  "--device", "cpu"])  # fmt: skip
+
+
 def test_an_lmdb_becomes_stage_one_s_data(tiny_wan: Path, data: Path, tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
-    import numpy as np
 
     rows = np.random.default_rng(0).standard_normal((2, 5, 5, 16, 4, 4)).astype(np.float16)
     (tmp_path / "ode").mkdir()
