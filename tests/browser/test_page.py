@@ -86,6 +86,14 @@ def wait(page: Any, name: str, at_least: float, seconds: float = 30) -> None:
         page.wait_for_timeout(50)
 
 
+def wait_for_prompt(page: Any, words: str, seconds: float = 30) -> None:
+    """The page forbids eval, which Playwright's own waiting for an expression uses."""
+    end = time.monotonic() + seconds
+    while (shown := page.input_value("#prompt")) != words:
+        assert time.monotonic() < end, f"the prompt stays at {shown!r}"
+        page.wait_for_timeout(50)
+
+
 def pixels(page: Any) -> list[int]:
     """The picture that is on the screen."""
     return page.evaluate(
@@ -147,7 +155,7 @@ def test_keys_mean_what_they_say_after_clicks_and_releases(page: Any) -> None:
         };
     }""")
     page.keyboard.press("Space")  # stand still, and not Start again
-    page.wait_for_function("document.getElementById('prompt').value === 'stand still'")
+    wait_for_prompt(page, "stand still")
     assert page.get_attribute("#keys [data-key=still]", "aria-pressed") == "true"
     page.keyboard.down("ArrowUp")
     page.keyboard.down("ArrowLeft")
@@ -252,6 +260,6 @@ def test_a_viewer_watches_and_cannot_steer(page: Any, browser: Any) -> None:
     assert viewer.is_hidden("#keys")
     viewer.keyboard.press("ArrowLeft")  # not this viewer's to say
     page.keyboard.press("ArrowRight")
-    viewer.wait_for_function("document.getElementById('prompt').value === 'turn right'")
+    wait_for_prompt(viewer, "turn right")
     assert viewer.is_hidden("#status.bad")
     viewer.close()
