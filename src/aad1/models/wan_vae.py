@@ -27,7 +27,8 @@ PAST = 2  # frames that a causal kernel of three remembers
 AREA_PER_PASS = 4 * 60 * 104
 """Latent positions decoded at once at most (one frame at least), which bounds the memory."""
 ROOMY = 40 * 2**30
-"""Bytes of GPU memory from which several frames are decoded at once: 8 GiB more at 832x480."""
+"""Bytes of GPU memory from which several frames are decoded at once; with the padding that takes
+8 GiB more at 832x480."""
 
 
 @dataclass(frozen=True, kw_only=True)
