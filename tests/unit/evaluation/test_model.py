@@ -182,13 +182,36 @@ def test_recorded_clips_and_the_controls_of_a_codec(pipe: Pipeline, tmp_path: Pa
 
     pipe.codec = Lossless()  # type: ignore[assignment]
     result = evaluate_model(pipe, world, PLAN, lambda _: None)
-    codec, floor = result.section("codec").figures, result.section("codec_floor").figures
+    codec = result.section("codec").figures
     real = compare(
         world.short.other.select(range(4)), world.short.reference, None, QUALITY, resamples=0
     )
     for name in ("niqe", "sharpness"):
         assert codec[name].value == pytest.approx(real[name].value, rel=1e-6)
-        assert floor[name].value == pytest.approx(real[name].value, rel=1e-6)
+    for name in ("short", "last"):  # a codec that loses nothing: reconstructions are the real clips
+        raw, beside_codec = result.section(name).figures, result.section(f"{name}_codec").figures
+        for metric in ("M", "niqe", "sharpness"):
+            assert beside_codec[metric].value == pytest.approx(raw[metric].value, rel=1e-6)
+            assert beside_codec[metric].floor == pytest.approx(raw[metric].floor, rel=1e-6)
+
+    class Faint(Lossless):
+        @staticmethod
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            return Lossless.decode(latents) // 2
+
+    pipe.codec = Faint()  # type: ignore[assignment]
+    faint = evaluate_model(pipe, world, PLAN, lambda _: None)
+    name = "sharpness"  # half the contrast: seen beside real clips, on both sides beside the codec
+    assert faint.section("codec").figures[name].value < 0.6  # type: ignore[operator]
+    assert faint.section("short").figures[name].value < 0.6 * (  # type: ignore[operator]
+        result.section("short").figures[name].value or 0.0
+    )
+    assert faint.section("short_codec").figures[name].value == pytest.approx(
+        result.section("short_codec").figures[name].value, rel=0.1
+    )
+    assert faint.section("short_codec").figures[name].floor == pytest.approx(
+        result.section("short_codec").figures[name].floor, rel=0.1
+    )
     assert "no real videos of 17 frames" in result.section("long").figures["drift_ratio_2s"].reason
     assert result.section("long").figures["drift_2s"].value is not None
     with pytest.raises(UserError, match="at least 32 are needed"):
