@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aad1.errors import UserError
-from aad1.models.wan_vae import Causal, FastWanVae, WanVaeConfig
+from aad1.models.wan_vae import Causal, FastWanVae, Upsample, WanVaeConfig
 
 pytest.importorskip("diffusers")
 
@@ -51,18 +51,35 @@ def pixels(vae: FastWanVae, z: Tensor, per_pass: int = 1) -> Tensor:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", ["3-D", "stacked", "padded"])
+@pytest.mark.parametrize("form", ["plain", "phases", "padded"])
 @torch.no_grad()
 def test_decode_equals_diffusers(config: dict[str, object], per_pass: int, form: str) -> None:
     codec = build(**config)
     z = latents()
     want = codec.vae.decode(codec._raw(z)).sample
-    vae = FastWanVae.of(codec).prepare(stack_taps=form == "stacked")
+    vae = FastWanVae.of(codec)
+    for module in vae.decoder.modules():
+        if isinstance(module, Upsample) and form == "plain":
+            module.phases = None
     for module in vae.decoder.modules():
         if isinstance(module, Causal) and form == "padded":
             module.pad_channels(32)
     got = pixels(vae, z, per_pass).clamp(-1, 1)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_enlarged_picture_by_phases() -> None:
+    up = Upsample(6, False).double()
+    x = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64)
+    want = up(x, [])
+    up.resample[1].weight.data = up.resample[1].weight.data.contiguous()
+    up.split_phases()
+    assert up.phases is not None and up.phases.dtype == torch.float64
+    torch.testing.assert_close(up(x, []), want, atol=1e-12, rtol=1e-12)
+    assert up(x, []).shape == (2, 3, 3, 8, 10)
+    up.phases = up.phases.flip(2)  # a planted bug
+    assert float((up(x, []) - want).abs().max()) > 0.01
 
 
 @torch.no_grad()

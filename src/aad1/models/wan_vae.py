@@ -88,7 +88,6 @@ class Memory:
 class Causal(nn.Conv3d):
     """A convolution over (time, height, width) that sees no later frame."""
 
-    taps: Tensor | None = None
     padded: Tensor | None = None
 
     def __init__(self, d_in: int, d_out: int, kernel: tuple[int, int, int]) -> None:
@@ -105,28 +104,16 @@ class Causal(nn.Conv3d):
         """x [B, C, T, h, w] after `past` [B, C, 2, h, w], which becomes x's last frames."""
         joined = torch.cat([past, x], 2)
         past.copy_(joined[:, :, -PAST:])
-        if self.taps is None:
-            weight = self.weight
-            if self.padded is not None:
-                weight = self.padded
-                joined = nnf.pad(joined, (0, 0) * 3 + (0, weight.shape[1] - x.shape[1]))
-            return nnf.conv3d(joined, weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
-        frames = x.shape[2]
-        stacked = torch.cat([joined[:, :, i : i + frames] for i in range(PAST + 1)], 1)
-        flat = stacked.transpose(1, 2).flatten(0, 1)
-        pad = (self.kernel_size[1] // 2, self.kernel_size[2] // 2)
-        out = nnf.conv2d(flat, self.taps, self.bias, padding=pad)
-        return out.unflatten(0, (-1, frames)).transpose(1, 2)
+        weight = self.weight
+        if self.padded is not None:
+            weight = self.padded
+            joined = nnf.pad(joined, (0, 0) * 3 + (0, weight.shape[1] - x.shape[1]))
+        return nnf.conv3d(joined, weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
 
     def pad_channels(self, multiple: int) -> None:
         """Compute with zero channels added, up to a multiple."""
         w = nnf.pad(self.weight.detach(), (0, 0) * 3 + (0, -self.weight.shape[1] % multiple))
         self.padded = w.contiguous(memory_format=torch.channels_last_3d)
-
-    def stack_taps(self) -> None:
-        """Compute as one 2-D convolution over the three frames' stacked channels."""
-        w = self.weight.detach().transpose(1, 2).flatten(1, 2)
-        self.taps = w.contiguous(memory_format=torch.channels_last)
 
 
 class Pointwise(nn.Conv3d):
@@ -206,6 +193,8 @@ class Middle(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width, half the channels; twice the frames too with `time_conv`."""
 
+    phases: Tensor | None = None
+
     def __init__(self, d: int, temporal: bool) -> None:
         super().__init__()
         # Named as diffusers names it: index 0 enlarges and has no weights.
@@ -225,8 +214,41 @@ class Upsample(nn.Module):
 
     def _enlarge(self, x: Tensor) -> Tensor:
         frames = x.transpose(1, 2).flatten(0, 1)
-        out = self.resample[1](nnf.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        if self.phases is None:
+            out = self.resample[1](nnf.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        else:
+            out = self._by_phases(frames)
         return out.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+    def split_phases(self) -> None:
+        """Compute the four pixels that come of one with a 2x2 kernel each, at the smaller size.
+
+        Of an enlarged picture a 3x3 kernel sees two rows of the small one: those of an even pixel
+        are (before, own) with weights (a, b + c), those of an odd one (own, after) with (a + b, c).
+        So 4 products instead of 9, and the enlarged picture is never written.
+        """
+
+        def halves(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+            a, b, c = w.unbind(dim)
+            return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+        weight: Tensor = self.resample[1].weight.detach()  # type: ignore[operator]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        kernels = [k for rows in halves(wide, 2) for k in halves(rows, 3)]
+        phases = torch.cat(kernels).to(weight.dtype)  # [4 C, C_in, 2, 2]
+        self.phases = phases.contiguous(memory_format=torch.channels_last)
+
+    def _by_phases(self, x: Tensor) -> Tensor:
+        """x [N, C_in, h, w] -> [N, C, 2 h, 2 w]."""
+        h, w = x.shape[-2:]
+        out = nnf.conv2d(x, self.phases, self.resample[1].bias.repeat(4), padding=1)  # type: ignore
+        # [N, h + 1, w + 1, 2, 2, C]; an even pixel's window begins one earlier than an odd one's.
+        both = out.permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))
+        rows = torch.arange(2 * h, device=x.device)[:, None]
+        columns = torch.arange(2 * w, device=x.device)
+        # One index, which the compiler makes part of the next step; stacks would be two passes.
+        pixels = both[:, (rows + 1) // 2, (columns + 1) // 2, rows % 2, columns % 2]
+        return pixels.permute(0, 3, 1, 2)
 
 
 class UpBlock(nn.Module):
@@ -358,10 +380,8 @@ class FastWanVae(nn.Module):
             vae._buffers[name] = getattr(codec, name)
         return vae.eval().requires_grad_(False).prepare(channels_last, compiled)
 
-    def prepare(
-        self, channels_last: bool = True, compiled: bool = False, stack_taps: bool = False
-    ) -> FastWanVae:
-        """Choose how it computes: the layout, the compiler, 3-D or stacked 2-D kernels.
+    def prepare(self, channels_last: bool = True, compiled: bool = False) -> FastWanVae:
+        """Choose how it computes: the layout, the compiler. Enlarged pictures go by phases.
 
         On CUDA odd channel counts are padded, and where memory is plenty several latent frames are
         decoded in a pass.
@@ -373,16 +393,15 @@ class FastWanVae(nn.Module):
                 # time at 832x480, although that is a third more to compute.
                 if isinstance(module, Causal) and channels_last and _odd(module.weight.shape):
                     module.pad_channels(128)
+        for module in self.decoder.modules():
+            if isinstance(module, Upsample):
+                module.split_phases()
         if channels_last:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Conv3d):
                     flat = isinstance(module, nn.Conv2d)
                     layout = torch.channels_last if flat else torch.channels_last_3d
                     module.weight.data = module.weight.data.contiguous(memory_format=layout)
-        if stack_taps:
-            for module in self.decoder.modules():
-                if isinstance(module, Causal) and module.kernel_size == (3, 3, 3):
-                    module.stack_taps()
         if compiled:
             self._decode = torch.compile(self._later, fullgraph=True, dynamic=False)
         return self
