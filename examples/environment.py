@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from aad1.media import write_video
-from aad1.pipeline import PACKAGED
+from aad1.model_names import PACKAGED
 from aad1.serve.environment import Environment
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from aad1 import Pipeline
 from aad1.media import write_video
-from aad1.pipeline import PACKAGED
+from aad1.model_names import PACKAGED
 
 
 def frames(args: argparse.Namespace, pipe: Pipeline) -> Iterator[np.ndarray]:

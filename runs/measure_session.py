@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 import torch
 
-from aad1.pipeline import PACKAGED, Pipeline
+from aad1.model_names import PACKAGED
+from aad1.pipeline import Pipeline
 from aad1.serve import model as session_model
 from aad1.serve.facts import read_facts
 from aad1.serve.model import PipelineModel

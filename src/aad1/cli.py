@@ -213,7 +213,7 @@ def data(args: Data) -> None:
 
 
 def encode(args: Encode) -> None:
-    from aad1.pipeline import pick_device
+    from aad1.device import pick_device
     from aad1.train.encode import encode_shards
 
     encode_shards(args.data, args.codec, args.out, pick_device(args.device), args.batch)

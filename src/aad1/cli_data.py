@@ -267,7 +267,7 @@ def run(kind: str, args: Sequence[str]) -> None:
 
 
 def _device(name: str, precision: str) -> tuple[torch.device, bool]:
-    from aad1.pipeline import pick_device
+    from aad1.device import pick_device
 
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"precision must be auto, fp32 or bf16, got {precision!r}")

@@ -294,7 +294,9 @@ def _preflight(
 def _pipeline(args: Videos) -> Pipeline:
     import torch
 
-    from aad1.pipeline import Pipeline, find_model, pick_device
+    from aad1.device import pick_device
+    from aad1.model_names import find_model
+    from aad1.pipeline import Pipeline
 
     device = pick_device(args.device)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")

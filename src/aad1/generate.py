@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from aad1.model_info import ModelInfo
-    from aad1.pipeline import Pipeline, Stream
+    from aad1.pipeline import Pipeline
     from aad1.rollout.teacher import Sampling
+    from aad1.streaming import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,11 @@ def generate(args: Generate) -> None:
     """Write the video and print the speed. UserError before anything is written."""
     import torch
 
+    from aad1.device import pick_device
     from aad1.media import check_video_path, read_image
-    from aad1.pipeline import Pipeline, find_model, pick_device, read_info
+    from aad1.model_info import read_info
+    from aad1.model_names import find_model
+    from aad1.pipeline import Pipeline
     from aad1.wan_folder import UNIT, WORLD, find_wan, is_wan
 
     if args.chunks < 1:

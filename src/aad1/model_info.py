@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from aad1.atomic import replace_file
 from aad1.core.chunks import ChunkGeometry
@@ -63,6 +66,14 @@ class ModelInfo:
                 "distil it first (stages I to III)"
             )
 
+    def check_samples(self) -> None:
+        """UserError unless it is a teacher."""
+        if self.stage != "teacher":
+            raise UserError(
+                f"this model is distilled to {len(self.sigmas)} step(s) and streams; "
+                "only a teacher is sampled in many"
+            )
+
 
 def read_info(folder: Path) -> ModelInfo:
     """model_index.json as a `ModelInfo`; UserError if it is missing or of another format."""
@@ -88,6 +99,15 @@ def read_info(folder: Path) -> ModelInfo:
 def write_info(folder: Path, info: ModelInfo) -> None:
     """Write model_index.json: last of all files, since a folder without one is not a model."""
     write_json(folder / INDEX, {"format": FORMAT, **asdict(info)})
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """sha256 over names and float32 values of all weights, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 CREDITS = {

@@ -39,11 +39,8 @@ class Stream:
         """image: latents [1, C, 1, h, w], or None for text to video at `size`."""
         self.pipeline, self.image, self.seed = pipeline, image, seed
         rollout = pipeline.rollout  # refuses a teacher now, not at the first chunk
-        codec = pipeline.codec
         if image is None:
-            width, height = pipeline.check_size(size)
-            stride = codec.spatial_stride
-            self.shape = (codec.latent_channels, height // stride, width // stride)
+            self.shape = pipeline.latent_shape(size)
         else:
             # A model trained to make its first chunk takes an image in its place.
             rollout = replace(rollout, geometry=replace(rollout.geometry, first=1))

@@ -97,7 +97,7 @@ def load_wan(
     steps: int | None,
     device: torch.device,
     dtype: torch.dtype,
-    text_cache: Path | None = None,
+    text_cache: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     weights: str = "",
     transformer_device: torch.device | None = None,

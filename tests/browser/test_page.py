@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from aad1.media import read_video
-from aad1.pipeline import PACKAGED, Pipeline
+from aad1.model_names import PACKAGED
+from aad1.pipeline import Pipeline
 from aad1.serve.facts import Facts, read_facts
 from aad1.serve.model import PipelineModel
 from aad1.serve.run import background

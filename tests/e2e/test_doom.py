@@ -11,7 +11,8 @@ from PIL import Image
 
 from aad1.evaluate.motion import motion
 from aad1.media import read_image
-from aad1.pipeline import PACKAGED, Pipeline
+from aad1.model_names import PACKAGED
+from aad1.pipeline import Pipeline
 
 FRAMES = sorted((PACKAGED / "doom_frames").glob("*.png"))
 CHUNKS = 2

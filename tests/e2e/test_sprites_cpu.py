@@ -28,7 +28,8 @@ from aad1.evaluate.report import (
     motion_check,
     moving_noise,
 )
-from aad1.pipeline import INDEX, Pipeline
+from aad1.model_info import INDEX
+from aad1.pipeline import Pipeline
 from aad1.presets import preset
 from aad1.train.config import SpritesData
 from aad1.train.sources import SpritesWorld

@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from aad1.media import probe_video, read_image, read_video
+from aad1.model_info import read_info
+from aad1.model_names import packaged_models
 from aad1.models.codec import load_codec
-from aad1.pipeline import packaged_models, read_info
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ROOT / "src" / "aad1" / "packaged"

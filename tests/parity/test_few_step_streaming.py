@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from aad1.models.weights import read_tensors
-from aad1.pipeline import Pipeline, Stream
+from aad1.pipeline import Pipeline
 from aad1.rollout.stream import seeded_noise
+from aad1.streaming import Stream
 
 pytest.importorskip("diffusers")
 

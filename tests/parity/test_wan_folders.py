@@ -234,7 +234,7 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("aad1.pipeline.load_wan", never)
+    monkeypatch.setattr("aad1.model_folder.load_wan", never)
     picture = tmp_path / "in.png"
     Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(picture)
     few = dict(recipe="self-forcing")
@@ -280,11 +280,13 @@ def test_a_model_that_continues_an_image_asks_for_one(wan_folder: Path) -> None:
 def test_offloaded_it_makes_the_same_frames_and_keeps_no_encoder(wan_folder: Path) -> None:
     cpu = torch.device("cpu")  # see tests/unit/models/test_offload.py
     plain = Pipeline.from_pretrained(wan_folder, recipe="self-forcing")
-    pipe = Pipeline.from_pretrained(wan_folder, recipe="self-forcing")._offload(cpu)
+    pipe = Pipeline.from_pretrained(wan_folder, recipe="self-forcing")
+    pipe._offload(cpu)
     assert torch.equal(frames(pipe), frames(plain))
     assert isinstance(pipe.text, Umt5Encoder) and not pipe.text.loaded
     assert isinstance(plain.text, Umt5Encoder) and plain.text.loaded
-    teacher = Pipeline.from_pretrained(wan_folder)._offload(cpu)
+    teacher = Pipeline.from_pretrained(wan_folder)
+    teacher._offload(cpu)
     assert isinstance(teacher.text, Umt5Encoder)
     loads, load = [], teacher.text._load
     teacher.text._load = lambda: loads.append(1) or load()  # type: ignore[func-returns-value]

@@ -14,7 +14,7 @@ from aad1.errors import UserError
 from aad1.models.umt5 import NEGATIVE_PROMPT
 from aad1.pipeline import Pipeline
 from aad1.rollout.solvers import SolverName, grid, solver
-from aad1.rollout.teacher import Sampling
+from aad1.rollout.teacher import Sampling, sample_prompts
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -122,7 +122,7 @@ def test_teacher_sampling_equals_wanpipeline(
     noise = torch.randn(
         (1, 16, 3, height // 8, width // 8), generator=torch.Generator().manual_seed(7)
     )
-    got = pipe.sample_latents(["a cat walks"], noise, sampling)
+    got = sample_prompts(pipe.transformer, pipe.text, ["a cat walks"], noise, sampling)
     assert float(latents.std()) > 0.1
     torch.testing.assert_close(got, latents, atol=1e-4, rtol=1e-4)
     video = pipe.sample("a cat walks", seed=7, size=size, frames=9, sampling=sampling)
@@ -130,9 +130,8 @@ def test_teacher_sampling_equals_wanpipeline(
     assert float(np.abs(video.numpy() - want * 255).max()) <= 1.01
     # Planted differences that the comparison would notice:
     for change in (dict(guidance=4.9), dict(shift=3.1), dict(negative_prompt="red")):
-        other = pipe.sample_latents(
-            ["a cat walks"], noise, Sampling(**{**vars(sampling), **change})
-        )
+        changed = Sampling(**{**vars(sampling), **change})
+        other = sample_prompts(pipe.transformer, pipe.text, ["a cat walks"], noise, changed)
         assert float((other - latents).abs().max()) > 1e-3
 
 
@@ -148,8 +147,9 @@ def test_the_folder_says_how_it_is_sampled(pipe: Pipeline) -> None:
 def test_a_batch_of_prompts_equals_each_alone(pipe: Pipeline) -> None:
     noise = torch.randn(2, 16, 2, 4, 4)
     sampling = Sampling(steps=3, guidance=3.0)
-    both = pipe.sample_latents(["a cat", "two dogs"], noise, sampling)
-    alone = pipe.sample_latents(["two dogs"], noise[1:], sampling)
+    network, text = pipe.transformer, pipe.text
+    both = sample_prompts(network, text, ["a cat", "two dogs"], noise, sampling)
+    alone = sample_prompts(network, text, ["two dogs"], noise[1:], sampling)
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
 
 

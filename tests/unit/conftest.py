@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from aad1.model_info import ModelInfo, weights_hash
 from aad1.models.codec import PixelCodec
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
-from aad1.pipeline import ModelInfo, Pipeline, weights_hash
+from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
 

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import aad1
-from aad1 import cli
-from aad1 import pipeline as pipeline_module
+from aad1 import cli, model_names
 from aad1.fast.handover import Handover
 from aad1.media import read_video
+from aad1.model_info import INDEX, read_info
 from aad1.models import text as text_module
 from aad1.models.weights import WEIGHTS
-from aad1.pipeline import INDEX, Pipeline, read_info
+from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
 Capture = pytest.CaptureFixture[str]
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     packaged = tmp_path / "packaged"
     (packaged / "doom").mkdir(parents=True)
     (packaged / "doom" / INDEX).write_text("{}")
-    monkeypatch.setattr(pipeline_module, "PACKAGED", packaged)
+    monkeypatch.setattr(model_names, "PACKAGED", packaged)
     work = tmp_path / "work"
     work.mkdir()
     changes, message = bad_inputs(model, picture, work)[case]

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from aad1.cli import main
 from aad1.convert import FORMATS, convert
 from aad1.errors import UserError
-from aad1.model_info import write_info
+from aad1.model_info import read_info, write_info
+from aad1.model_names import PACKAGED
 from aad1.models.checkpoints import find_parts, load_wan_transformer
-from aad1.pipeline import PACKAGED, Pipeline, read_info
+from aad1.pipeline import Pipeline
 from wan_files import (
     original_config,
     original_transformer,

@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from aad1 import pipeline as pipeline_module
+from aad1 import model_names
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
+from aad1.model_info import INDEX, read_info
+from aad1.model_names import find_model
 from aad1.models import text as text_module
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
 from aad1.models.weights import WEIGHTS
-from aad1.pipeline import INDEX, Pipeline, find_model, read_info
+from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -184,7 +186,7 @@ def test_an_unknown_model_suggests_the_nearest(
 ) -> None:
     (tmp_path / "packaged").mkdir()
     folder.rename(tmp_path / "packaged" / "doom")
-    monkeypatch.setattr(pipeline_module, "PACKAGED", tmp_path / "packaged")
+    monkeypatch.setattr(model_names, "PACKAGED", tmp_path / "packaged")
     assert find_model("doom") == tmp_path / "packaged" / "doom"
     with pytest.raises(UserError, match="did you mean 'doom'") as error:
         Pipeline.from_pretrained("dooom")

@@ -124,14 +124,12 @@ def folder_subject(
     """A pipeline folder or packaged model, with its own geometry and noise levels."""
     from aad1.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(name, device=device, dtype=dtype, fast=False)
-    if single_pass:
-        pipe.use_single_pass()
+    pipe = Pipeline.from_pretrained(
+        name, device=device, dtype=dtype, fast=False, single_pass=single_pass
+    )
     rollout = pipe.rollout
-    width, height = pipe.check_size(size)
     codec: Codec = pipe.codec
     prompt = _any_prompt(pipe)
-    stride = codec.spatial_stride
     fast = None
     half = None
     if isinstance(codec, CausalCodec):
@@ -140,9 +138,9 @@ def folder_subject(
         fast = FastWanVae.of(codec, channels_last=False)
     return Subject(
         model=pipe.transformer.requires_grad_(False), geometry=rollout.geometry,
-        sigmas=rollout.sigmas, size=(width, height),
-        latent_shape=(codec.latent_channels, height // stride, width // stride),
-        temporal_stride=codec.temporal_stride, rows=pipe.encode_prompt(prompt),
+        sigmas=rollout.sigmas, size=pipe.check_size(size),
+        latent_shape=pipe.latent_shape(size), temporal_stride=codec.temporal_stride,
+        rows=pipe.encode_prompt(prompt),
         encode=codec.encode, plain_decoder=codec.stream, fast_vae=fast,
         half_decoder=half,
         encode_text=lambda: pipe.encode_prompt(prompt),

@@ -71,7 +71,7 @@ class Evaluate:
 
 def evaluate(args: Evaluate) -> None:
     """Measure, write, and print the main figures. UserError before anything is written."""
-    from aad1.pipeline import pick_device
+    from aad1.device import pick_device
 
     _check(args)
     device = pick_device(args.device)
@@ -132,8 +132,9 @@ def _model(args: Evaluate) -> Result:
 
     import torch
 
+    from aad1.device import pick_device
     from aad1.evaluation.model import Plan, evaluate_model
-    from aad1.pipeline import Pipeline, pick_device
+    from aad1.pipeline import Pipeline
 
     assert args.model is not None
     quick = args.quick
@@ -165,9 +166,10 @@ def _gate(args: Evaluate) -> None:
     import sys
 
     from aad1.atomic import replace_file
+    from aad1.device import pick_device
     from aad1.evaluate.frechet import LEAST_VIDEOS
     from aad1.evaluation.gate import fp8_gate
-    from aad1.pipeline import Pipeline, pick_device
+    from aad1.pipeline import Pipeline
 
     assert args.model is not None
     clips = 64 if args.clips is None else args.clips

@@ -24,13 +24,12 @@ from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.measure import Measured, join, measure_all
 from aad1.evaluate.networks import Networks, for_world
 from aad1.media import read_image, read_video, write_video
+from aad1.model_names import PACKAGED
 from aad1.worlds.sprites import SpritesConfig, SpritesState, draw
 
-PACKAGED = Path(__file__).parents[1] / "packaged"
 REFERENCE_CLIPS = 128
 DRAWN_SEED = 0x5EED_E7A1
 """Of drawn clips; training and its monitor draw from other seeds."""
-
 
 Videos = Callable[[], Iterator[tuple[str, str, Tensor]]]
 """Key, prompt and uint8 [T, H, W, 3] of each video, from the first on at every call."""

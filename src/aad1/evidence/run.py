@@ -158,7 +158,7 @@ class Runner:
 
     @cached_property
     def device(self) -> torch.device:
-        from aad1.pipeline import pick_device
+        from aad1.device import pick_device
 
         return pick_device(self.settings.device)
 

@@ -83,6 +83,32 @@ def sample(
     return x, kept
 
 
+@torch.no_grad()
+def sample_prompts(
+    teacher: WanTransformer,
+    encode: Callable[[Sequence[str]], torch.Tensor],
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    sampling: Sampling,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """`sample` as `sampling` says: clean latents for noise [B, C, F, H, W], of one prompt each.
+
+    encode: prompts -> rows [B, S, D]; called once, the negative prompt last where it is needed.
+    """
+    null = None
+    if sampling.guidance != 1:
+        rows = encode([*prompts, sampling.negative_prompt])
+        text, null = rows[:-1], rows[-1:].expand_as(rows[:-1])
+    else:
+        text = encode(prompts)
+    x0, _ = sample(
+        teacher, noise, text, null, steps=sampling.steps, shift=sampling.shift,
+        guidance_scale=sampling.guidance, solver_name=sampling.solver, on_step=on_step,
+    )  # fmt: skip
+    return x0
+
+
 def on_grid(levels: Sequence[float], sigmas: Sequence[float], shift: float) -> list[int]:
     """Where noise levels stand among `sigmas` of a grid; UserError if one is not there."""
     found = []

@@ -120,8 +120,11 @@ def _check_packages() -> None:
 def _app(args: Serve, token: bool = True) -> FastAPI:
     import torch
 
+    from aad1.device import pick_device
     from aad1.fast.config import asked_config
-    from aad1.pipeline import Pipeline, find_model, pick_device, read_info
+    from aad1.model_info import read_info
+    from aad1.model_names import find_model
+    from aad1.pipeline import Pipeline
     from aad1.serve.engine import packer
     from aad1.serve.facts import read_facts
     from aad1.serve.guard import Limits

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from aad1.errors import UserError
+from aad1.model_names import PACKAGED
 from aad1.models.text import WordEncoder
-from aad1.pipeline import PACKAGED, Pipeline
+from aad1.pipeline import Pipeline
 
 KEYS: dict[str, dict[str, str]] = {
     "doom": {

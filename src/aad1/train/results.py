@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from aad1.atomic import replace_file, replace_folder
+from aad1.model_info import ModelInfo, weights_hash
 from aad1.models.dit import WanTransformer
 from aad1.models.text import WordEncoder
 from aad1.parallel.shard import collect
-from aad1.pipeline import ModelInfo, Pipeline, weights_hash
+from aad1.pipeline import Pipeline
 from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial
 from aad1.stages.base import Conditioner, Stage

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from aad1.device import pick_device
 from aad1.parallel import mesh
-from aad1.pipeline import pick_device
 from aad1.train.blocks import checkpoint_blocks, compile_blocks
 from aad1.train.config import Experiment
 from aad1.train.guard import StopFlag, Stopped, only_run

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from aad1.errors import UserError
+from aad1.model_info import ModelInfo
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
 from aad1.parallel import mesh
 from aad1.parallel.load import load_discriminator, load_transformer
 from aad1.parallel.shard import distribute
-from aad1.pipeline import ModelInfo, Pipeline
+from aad1.pipeline import Pipeline
 from aad1.rollout.graph import GraphedRollout
 from aad1.rollout.stream import Rollout, RolloutFn
 from aad1.stages.adversarial import Adversarial, AdversarialConfig

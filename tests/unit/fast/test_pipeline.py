@@ -15,6 +15,7 @@ from aad1.fast.config import FastConfig
 from aad1.fast.handover import Handover
 from aad1.fast.rollout import Session
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
+from aad1.models.dit import WanTransformer
 from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
@@ -89,7 +90,7 @@ def test_a_decoder_is_not_compiled_where_that_cannot_work(
 
     torch.manual_seed(0)
     pipe = tiny_pipeline(codec=WanCodec.from_config(base_dim=8, num_res_blocks=1), size=32)
-    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    monkeypatch.setattr(WanTransformer, "device", torch.device("cuda"))
     monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name, *_: None)
     with pytest.warns(UserWarning, match="compile_decoder .the compiler needs Triton") as caught:
         pipe.speed_up(FastConfig(compile=False, cudnn=False, early=False))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aad1.errors import UserError
+from aad1.model_info import ModelInfo
 from aad1.models import wan_keys
 from aad1.models.checkpoints import (
     find_parts,
@@ -30,7 +31,7 @@ from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
 from aad1.models.umt5 import load_umt5
 from aad1.models.weights import save_transformer
-from aad1.pipeline import ModelInfo, Pipeline
+from aad1.pipeline import Pipeline
 from wan_files import (
     State,
     original_transformer,

@@ -11,9 +11,10 @@ import torch
 from aad1 import cli
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
+from aad1.model_info import weights_hash
 from aad1.models.dit import Block, WanConfig, WanTransformer
 from aad1.models.offload import StreamedBlocks, offload_blocks
-from aad1.pipeline import Pipeline, weights_hash
+from aad1.pipeline import Pipeline
 from aad1.rollout.stream import Rollout, seeded_noise
 
 CPU = torch.device("cpu")

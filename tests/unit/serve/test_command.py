@@ -17,7 +17,7 @@ import pytest
 from aad1.cli import main
 from aad1.errors import UserError
 from aad1.media import read_video
-from aad1.pipeline import PACKAGED
+from aad1.model_names import PACKAGED
 from aad1.serve import command
 from aad1.serve.client import LiveClient
 from aad1.serve.run import background

@@ -10,7 +10,8 @@ import torch
 
 from aad1.errors import UserError
 from aad1.evaluate.motion import motion
-from aad1.pipeline import PACKAGED, Pipeline
+from aad1.model_names import PACKAGED
+from aad1.pipeline import Pipeline
 from aad1.serve.environment import Environment
 from aad1.serve.facts import KEYS, read_facts
 from aad1.serve.model import PipelineModel

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from aad1.device import pick_device
 from aad1.errors import UserError
+from aad1.model_info import INDEX, weights_hash
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig
-from aad1.pipeline import INDEX, Pipeline, pick_device, weights_hash
+from aad1.pipeline import Pipeline
 from aad1.presets import preset
 from aad1.train import checkpoint
 from aad1.train.config import Experiment, MonitorConfig

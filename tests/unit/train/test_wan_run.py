@@ -25,10 +25,11 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.data.shards import ClipShards, write_manifest, write_shard
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
+from aad1.model_info import read_info, weights_hash
 from aad1.models.discriminator import DiscriminatorConfig
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
-from aad1.pipeline import Pipeline, read_info, weights_hash
+from aad1.pipeline import Pipeline
 from aad1.presets import preset
 from aad1.stages.base import Batch, Conditioner
 from aad1.train import results, resume
