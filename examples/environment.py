@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from aad1.model_names import PACKAGED
 from aad1.serve.environment import Environment
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from aad1 import Pipeline
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from aad1.model_names import PACKAGED
 
 

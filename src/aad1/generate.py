@@ -103,7 +103,8 @@ def generate(args: Generate) -> None:
     import torch
 
     from aad1.device import pick_device
-    from aad1.media import check_video_path, read_image
+    from aad1.media.images import read_image
+    from aad1.media.writing import check_video_path
     from aad1.model_info import read_info
     from aad1.model_names import find_model
     from aad1.pipeline import Pipeline
@@ -185,7 +186,7 @@ def _speed_up(pipe: Pipeline, args: Generate) -> None:
 def _stream(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> None:
     import torch
 
-    from aad1.media import write_video
+    from aad1.media.writing import write_video
 
     stream = pipe.stream(args.image, args.prompt, seed=args.seed, size=size)
     pipe.release_text()  # the prompt is encoded; its encoder may be larger than all the rest
@@ -254,7 +255,7 @@ def _sample(pipe: Pipeline, args: Generate, size: tuple[int, int] | None) -> Non
     """A clip from a teacher: all frames at once, in many steps."""
     import torch
 
-    from aad1.media import write_video
+    from aad1.media.writing import write_video
 
     sampling = _sampling(args, pipe.info)
     frames = None

@@ -14,7 +14,7 @@ from aad1.fast.config import FastConfig
 from aad1.fast.path import FastPath
 from aad1.fast.rollout import FastRollout
 from aad1.flags import check_size
-from aad1.media import ImageLike, read_image
+from aad1.media.images import ImageLike, read_image
 from aad1.model_folder import ModelParts, load_parts, save_parts
 from aad1.model_info import ModelInfo
 from aad1.model_names import find_model

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.model_names import PACKAGED
 from aad1.pipeline import Pipeline
 from aad1.serve.facts import Facts, read_facts

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from aad1.evaluate.motion import motion
-from aad1.media import read_image
+from aad1.media.images import read_image
 from aad1.model_names import PACKAGED
 from aad1.pipeline import Pipeline
 

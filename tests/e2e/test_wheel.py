@@ -18,7 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from aad1.media import probe_video, read_image, read_video
+from aad1.media.images import read_image
+from aad1.media.reading import probe_video, read_video
 from aad1.model_info import read_info
 from aad1.model_names import packaged_models
 from aad1.models.codec import load_codec

@@ -17,7 +17,7 @@ from aad1 import cli
 from aad1.convert import convert
 from aad1.errors import UserError
 from aad1.fast.handover import Handover
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.models.umt5 import Umt5Encoder
 from aad1.pipeline import Pipeline
 from aad1.rollout.teacher import Sampling

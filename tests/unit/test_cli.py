@@ -17,7 +17,7 @@ from PIL import Image
 import aad1
 from aad1 import cli, model_names
 from aad1.fast.handover import Handover
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.model_info import INDEX, read_info
 from aad1.models import text as text_module
 from aad1.models.weights import WEIGHTS

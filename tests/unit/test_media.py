@@ -14,16 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from aad1 import media
 from aad1.errors import UserError
-from aad1.media import (
-    check_video_path,
-    contact_sheet,
-    probe_video,
-    read_image,
-    read_video,
-    write_video,
-)
+from aad1.media import images
+from aad1.media.images import read_image
+from aad1.media.reading import probe_video, read_video
+from aad1.media.sheet import contact_sheet
+from aad1.media.writing import check_video_path, write_video
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 
@@ -156,7 +152,7 @@ def test_a_huge_image_is_refused_before_it_is_unpacked(
         read_image(tmp_path / "bomb.png", width=8, height=6)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    monkeypatch.setattr(media, "MAX_IMAGE_PIXELS", 47)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 47)
     with pytest.raises(UserError, match="the image is 8x6, more than 47 pixels"):
         read_image(solid(RED), width=8, height=6)
 

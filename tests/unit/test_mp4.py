@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from aad1.errors import UserError
-from aad1.media import read_video, write_video
-from aad1.mp4 import record
+from aad1.media.mp4 import record
+from aad1.media.reading import read_video
+from aad1.media.writing import write_video
 
 NOISE = np.random.default_rng(0).integers(0, 256, (120, 48, 64, 3), dtype=np.uint8)
 

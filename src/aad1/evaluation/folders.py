@@ -16,7 +16,7 @@ from aad1.evaluate.measure import Measured, measure_all
 from aad1.evaluate.networks import Networks
 from aad1.evaluation.result import Picture, Result, Section
 from aad1.evaluation.worlds import RealVideos
-from aad1.media import VideoInfo, probe_video, read_video
+from aad1.media.reading import VideoInfo, probe_video, read_video
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 SHOWN = 8

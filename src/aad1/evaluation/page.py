@@ -19,7 +19,8 @@ from torch import Tensor
 from aad1.evaluate.compare import METRICS, Figure
 from aad1.evaluation.plots import lines, strips
 from aad1.evaluation.result import Picture, Result, Section, label_of, niqe_over_time
-from aad1.media import contact_sheet, write_video
+from aad1.media.sheet import contact_sheet
+from aad1.media.writing import write_video
 
 SHEET_VIDEOS = 8
 SHEET_COLUMNS = 8

@@ -23,7 +23,9 @@ from aad1.evaluate.compare import Reference
 from aad1.evaluate.frechet import LEAST_VIDEOS
 from aad1.evaluate.measure import Measured, join, measure_all
 from aad1.evaluate.networks import Networks, for_world
-from aad1.media import read_image, read_video, write_video
+from aad1.media.images import read_image
+from aad1.media.reading import read_video
+from aad1.media.writing import write_video
 from aad1.model_names import PACKAGED
 from aad1.worlds.sprites import SpritesConfig, SpritesState, draw
 

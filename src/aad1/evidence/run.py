@@ -51,7 +51,7 @@ from aad1.evidence.results import (
     load_all,
     source_hash,
 )
-from aad1.media import contact_sheet
+from aad1.media.sheet import contact_sheet
 from aad1.pipeline import Pipeline
 from aad1.train.blocks import plain_blocks
 from aad1.train.config import LatentData, SpritesData

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from aad1.errors import UserError
-from aad1.media import ImageLike, check_file
+from aad1.media.images import ImageLike, check_file
 from aad1.serve import protocol
 from aad1.serve.model import Pixels
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from PIL import Image
 
 from aad1.errors import UserError
-from aad1.media import ImageLike
+from aad1.media.images import ImageLike
 from aad1.serve.model import LiveModel, Pixels
 
 T = TypeVar("T")

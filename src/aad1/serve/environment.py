@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aad1.errors import UserError
-from aad1.media import ImageLike
+from aad1.media.images import ImageLike
 from aad1.pipeline import Pipeline
 from aad1.serve.facts import KEYS
 from aad1.serve.model import PipelineModel, Pixels
@@ -41,7 +41,7 @@ class Environment:
 
         prompt: the action of a `step` without one. UserError for a bad image.
         """
-        from aad1.media import read_image
+        from aad1.media.images import read_image
 
         info = self._model.pipeline.info
         self._point = self._model.begin(image, seed)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from PIL import Image
 
 from aad1.errors import UserError
-from aad1.media import read_image
+from aad1.media.images import read_image
 from aad1.serve.model import Pixels
 from aad1.serve.protocol import ProtocolError, typed
 

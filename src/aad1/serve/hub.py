@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aad1 import mp4
+from aad1.media import mp4
 from aad1.serve import protocol
 from aad1.serve.engine import Engine
 from aad1.serve.facts import Facts

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aad1.errors import UserError
-from aad1.media import ImageLike
+from aad1.media.images import ImageLike
 from aad1.serve.engine import Engine
 from aad1.serve.guard import Limits
 from aad1.serve.recorder import Recorder

@@ -13,7 +13,7 @@ import torch
 
 from aad1.fast.rollout import FastRollout
 from aad1.fast.timeline import Place, Timeline
-from aad1.media import ImageLike
+from aad1.media.images import ImageLike
 from aad1.models.codec import DecoderStream
 from aad1.models.text import WordEncoder, split_words
 from aad1.pipeline import Pipeline

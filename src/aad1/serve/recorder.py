@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aad1.errors import UserError
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from aad1.serve.model import Pixels
 
 BACKLOG = 128

@@ -87,7 +87,7 @@ class Results:
     def sheet(self) -> torch.Tensor:
         """Write real clips above generated ones, for the eye; returns the generated ones, to the
         first process (which alone decodes them)."""
-        from aad1.media import contact_sheet
+        from aad1.media.sheet import contact_sheet
 
         made, validation = self._rollouts(), self.validation
         if not self.processes.main:

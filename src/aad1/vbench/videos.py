@@ -18,8 +18,8 @@ import torch
 
 from aad1.atomic import replace_file
 from aad1.errors import UserError
-from aad1.media import VideoInfo, probe_video
-from aad1.mp4 import record
+from aad1.media.mp4 import record
+from aad1.media.reading import VideoInfo, probe_video
 from aad1.vbench.protocol import SEEDS, Pair, video_name
 
 CRF = 10  # what VBench's instructions encode with

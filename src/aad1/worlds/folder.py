@@ -24,7 +24,7 @@ import torch
 
 from aad1.data.batch import Clips
 from aad1.errors import UserError
-from aad1.media import VideoInfo, probe_video, read_video
+from aad1.media.reading import VideoInfo, probe_video, read_video
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 

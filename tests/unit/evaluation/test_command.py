@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aad1.cli import main
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from aad1.worlds.sprites import SpritesConfig, draw
 
 CONFIG = SpritesConfig(size=32, frames=17)

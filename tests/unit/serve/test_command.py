@@ -16,7 +16,7 @@ import pytest
 
 from aad1.cli import main
 from aad1.errors import UserError
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.model_names import PACKAGED
 from aad1.serve import command
 from aad1.serve.client import LiveClient

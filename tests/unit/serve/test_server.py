@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from aad1.errors import UserError
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.serve import recorder
 from aad1.serve.client import LiveClient, ReceivedFrame, ServerError
 from aad1.serve.guard import Bucket

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from wan_files import write_tokenizer
 
 LENGTH, DIM = 12, 24

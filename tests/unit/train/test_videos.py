@@ -17,7 +17,7 @@ import torch
 from aad1.data.shards import ClipShards, read_header
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
-from aad1.media import read_video
+from aad1.media.reading import read_video
 from aad1.models.codec import Codec, load_codec
 from aad1.train.videos import encode_videos
 from aad1.train.wan_base import VideoSize

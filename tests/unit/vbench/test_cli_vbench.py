@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from aad1 import cli
-from aad1.media import probe_video, read_image, read_video
+from aad1.media.images import read_image
+from aad1.media.reading import probe_video, read_video
 from aad1.pipeline import Pipeline
 from aad1.vbench.protocol import Places
 from vbench_standin import build

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aad1.errors import UserError
-from aad1.mp4 import record
+from aad1.media.mp4 import record
 from aad1.vbench.drift import cut_pieces, drift, drift_scores
 from vbench_standin import moving
 

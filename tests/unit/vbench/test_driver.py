@@ -18,8 +18,8 @@ from PIL import Image
 
 from aad1 import cli
 from aad1.errors import UserError
-from aad1.media import read_video
-from aad1.mp4 import record
+from aad1.media.mp4 import record
+from aad1.media.reading import read_video
 from aad1.vbench.drift import drift
 from aad1.vbench.driver import Driver
 from aad1.vbench.environment import Environment, JobFailed, code_version

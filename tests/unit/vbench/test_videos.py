@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from aad1.errors import UserError
-from aad1.media import read_video
-from aad1.mp4 import record
+from aad1.media.mp4 import record
+from aad1.media.reading import read_video
 from aad1.vbench.protocol import read_pairs, video_names
 from aad1.vbench.videos import (
     Make,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aad1.errors import UserError
-from aad1.media import write_video
+from aad1.media.writing import write_video
 from aad1.worlds.folder import FolderWorld
 
 SIZE = {"width": 32, "height": 24}

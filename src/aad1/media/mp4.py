@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from aad1.atomic import replace_file
 from aad1.errors import UserError
+from aad1.media.frames import check_frames, frame_rate
+from aad1.media.images import Pixels
 
 CRF = 17  # a viewer sees no difference from the frames
 
@@ -28,24 +29,19 @@ class Mp4Encoder:
     def __init__(self, path: Path, fps: float | Fraction, crf: int = CRF) -> None:
         import av  # heavy, and absent where only training runs
 
-        if not 0 < fps <= 1000:
-            raise UserError(f"fps={fps} must be in (0, 1000]")
         self.count = 0
         self._crf = crf
-        self._fps = Fraction(fps).limit_denominator(1001)
+        self._fps = frame_rate(fps)
         self._container: Any = av.open(str(path), "w", options={"movflags": "+faststart"})
         self._stream: Any = None
 
-    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+    def write(self, frames: Pixels) -> None:
         """Frames uint8 [H, W, 3] or [T, H, W, 3], all of one size. UserError for another."""
-        if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-1] != 3:
-            raise UserError(
-                f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}"
-            )
+        check_frames(frames)
         for frame in frames[None] if frames.ndim == 3 else frames:
             self._write(frame)
 
-    def _write(self, frame: npt.NDArray[np.uint8]) -> None:
+    def _write(self, frame: Pixels) -> None:
         import av
 
         odd = frame.shape[0] % 2, frame.shape[1] % 2
