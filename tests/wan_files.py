@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from aad1.models.checkpoints import find_part
+from aad1.models.wan_shapes import umt5_json
 
 State = dict[str, Tensor]
 
@@ -154,6 +158,13 @@ def original_config(width: int = WIDTH, heads: int = HEADS) -> dict[str, object]
         "freq_dim": FREQ, "in_dim": 16, "num_heads": heads, "num_layers": LAYERS, "out_dim": 16,
         "text_len": 512,
     }  # fmt: skip
+
+
+def read_umt5(path: Path) -> tuple[dict[str, Any], State]:
+    """(arguments of `UMT5Config`, state dict of `UMT5EncoderModel`) as aad1 reads them."""
+    source = find_part(path, "text_encoder")
+    state = dict(source.read())
+    return umt5_json(source), state | {"encoder.embed_tokens.weight": state["shared.weight"]}
 
 
 def write_tokenizer(folder: Path, words: int = 64) -> None:

@@ -118,8 +118,9 @@ class Lmdb:
 
 def videos(args: Videos) -> None:
     """Encode prompts, then videos; report what was left out."""
-    from aad1.models.checkpoints import find_parts, load_wan_vae
+    from aad1.models.checkpoints import find_parts
     from aad1.models.umt5 import NEGATIVE_PROMPT, check_umt5, find_encoder
+    from aad1.models.wan_codec import load_wan_vae
     from aad1.train.videos import encode_videos
     from aad1.train.wan_base import VideoSize, check_frames, load_text_encoder
 
@@ -142,8 +143,9 @@ def trajectories(args: Trajectories) -> None:
     from aad1.core.chunks import ChunkGeometry
     from aad1.data.shards import ClipShards
     from aad1.data.text_store import TextStore
-    from aad1.models.checkpoints import find_parts, load_wan_transformer, umt5_json, wan_config
+    from aad1.models.checkpoints import find_parts, load_wan_transformer
     from aad1.models.umt5 import NEGATIVE_PROMPT, check_umt5, find_encoder
+    from aad1.models.wan_shapes import umt5_json, wan_config
     from aad1.models.weights import check_names
     from aad1.train.config import TrajectoryConfig
     from aad1.train.sources import key

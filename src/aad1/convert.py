@@ -28,19 +28,14 @@ from aad1.atomic import replace_file, replace_folder
 from aad1.errors import UserError
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info, write_card, write_info
 from aad1.models import wan_keys
-from aad1.models.checkpoints import (
-    Parts,
-    check_vae,
-    find_parts,
-    umt5_json,
-    vae_json,
-    wan_config,
-)
+from aad1.models.checkpoints import Parts, find_parts
 from aad1.models.dit import WanConfig
 from aad1.models.finite import finite
 from aad1.models.lora import merger
 from aad1.models.tensor_files import CONFIG_KEY, Source, Spec
 from aad1.models.umt5 import check_umt5
+from aad1.models.wan_codec import check_vae
+from aad1.models.wan_shapes import umt5_json, vae_json, wan_config
 from aad1.models.weights import (
     SHARD_BYTES,
     STEM,

@@ -16,11 +16,12 @@ from aad1.core.chunks import ChunkGeometry
 from aad1.core.flow import sigma_grid
 from aad1.errors import UserError
 from aad1.model_info import INDEX, ModelInfo
-from aad1.models.checkpoints import Parts, find_parts, load_wan_transformer, load_wan_vae
+from aad1.models.checkpoints import Parts, find_parts, load_wan_transformer
 from aad1.models.codec import Codec
 from aad1.models.dit import WanTransformer
 from aad1.models.tensor_files import PICKLES, SAFETENSORS
 from aad1.models.umt5 import NEGATIVE_PROMPT, Umt5Encoder
+from aad1.models.wan_codec import load_wan_vae
 from aad1.models.weights import read_json
 from aad1.rollout.teacher import Sampling
 

@@ -12,20 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aad1.models import wan_keys
-from aad1.models.checkpoints import (
-    find_parts,
-    load_umt5_state,
-    load_wan_vae,
-    umt5_source,
-    wan_config,
-)
-from aad1.models.wan_shapes import vae_config
+from aad1.models.checkpoints import find_part, find_parts
+from aad1.models.wan_codec import load_wan_vae
+from aad1.models.wan_shapes import vae_config, wan_config
 from aad1.models.weights import load_module
 from wan_files import (
     State,
     original_transformer,
     original_umt5,
     original_vae,
+    read_umt5,
     write_original,
 )
 
@@ -181,7 +177,7 @@ def plain_umt5(state: State, ids: Tensor, heads: int) -> Tensor:
 def test_umt5_equals_a_plain_encoder_with_the_original_names(tmp_path: Path) -> None:
     state = original_umt5()
     torch.save(state, tmp_path / "t5.pth")
-    config, ours = load_umt5_state(tmp_path / "t5.pth")
+    config, ours = read_umt5(tmp_path / "t5.pth")
     assert (config["num_heads"], config["d_kv"], config["num_layers"]) == (2, 12, 2)
     model = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
     model.load_state_dict(ours, strict=True)
@@ -196,12 +192,12 @@ def test_umt5_equals_a_plain_encoder_with_the_original_names(tmp_path: Path) -> 
 @torch.no_grad()
 def test_umt5_is_filled_on_the_meta_device(tmp_path: Path) -> None:
     torch.save(original_umt5(), tmp_path / "t5.pth")
-    config, state = load_umt5_state(tmp_path / "t5.pth")
+    config, state = read_umt5(tmp_path / "t5.pth")
     whole = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
     whole.load_state_dict(state)
     with torch.device("meta"):
         lazy = transformers.UMT5EncoderModel(transformers.UMT5Config(**config)).eval()
-    load_module(lazy, umt5_source(tmp_path / "t5.pth"))
+    load_module(lazy, find_part(tmp_path / "t5.pth", "text_encoder"))
     assert lazy.shared.weight is lazy.encoder.embed_tokens.weight
     ids = torch.randint(0, 64, (2, 9))
     got, want = (m(ids).last_hidden_state for m in (lazy, whole))
@@ -210,11 +206,11 @@ def test_umt5_is_filled_on_the_meta_device(tmp_path: Path) -> None:
 
 def test_transformers_folders_of_umt5_give_the_same_state(tmp_path: Path) -> None:
     torch.save(original_umt5(), tmp_path / "t5.pth")
-    config, ours = load_umt5_state(tmp_path / "t5.pth")
+    config, ours = read_umt5(tmp_path / "t5.pth")
     model = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
     model.load_state_dict(ours)
     model.save_pretrained(tmp_path / "folder", max_shard_size="20KB")
     assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
-    again_config, again = load_umt5_state(tmp_path / "folder")
+    again_config, again = read_umt5(tmp_path / "folder")
     assert {name: again_config[name] for name in config} == config
     same(again, dict(model.state_dict()))

@@ -207,7 +207,7 @@ def load_codec(
     config = read_json(path / CONFIG_FILE)
     name = config.get("_class_name")
     if name == "AutoencoderKLWan":
-        from aad1.models.checkpoints import load_wan_vae
+        from aad1.models.wan_codec import load_wan_vae
 
         return load_wan_vae(path, dtype, device)
     fields = {key: value for key, value in config.items() if not key.startswith("_")}

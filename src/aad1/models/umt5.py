@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from aad1.errors import UserError
-from aad1.models.checkpoints import find_parts, umt5_json, umt5_source
+from aad1.models.checkpoints import find_part, find_parts
 from aad1.models.tensor_files import Source
 from aad1.models.text import warn_once
+from aad1.models.wan_shapes import umt5_json
 from aad1.models.weights import (
     check_fit,
     load_module,
@@ -267,7 +268,7 @@ def find_encoder(folder: str | Path) -> tuple[Source, Path, int]:
     where = own / str(facts["encoder"])  # an absolute reference stays as it is
     if not where.exists():
         raise UserError(f"there is no text encoder at {where}")
-    return umt5_source(where), own / "tokenizer", length
+    return find_part(where, "text_encoder"), own / "tokenizer", length
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aad1.errors import UserError
+from aad1.models.checkpoints import find_part
 from aad1.models.codec import (
     DecoderStream,
     check_latents,
@@ -26,6 +27,9 @@ from aad1.models.codec import (
     write_config,
     write_weights,
 )
+from aad1.models.tensor_files import Source
+from aad1.models.wan_shapes import vae_json
+from aad1.models.weights import check_fit, load_module
 
 TESTED_DIFFUSERS = "0.42."
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -152,3 +156,27 @@ class WanStream:
         twin = copy.copy(self)
         twin._cache = list(self._cache)
         return twin
+
+
+def load_wan_vae(
+    source: Source | str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> WanCodec:
+    """Wan's video autoencoder; float32 by default. Needs diffusers."""
+    source = find_part(source, "vae")
+    vae = _empty_vae(source)
+    nn.Module.to(vae, dtype or torch.float32)  # diffusers' own warns of a cast that is meant
+    load_module(vae, source, device)
+    return WanCodec(vae.eval()).to(device).eval()
+
+
+def _empty_vae(source: Source) -> nn.Module:
+    with torch.device("meta"):
+        return autoencoder_class().from_config(vae_json(source))  # type: ignore[no-any-return]
+
+
+def check_vae(source: Source) -> None:
+    """UserError if tensors of the VAE are missing, unexpected or of other shapes. Needs
+    diffusers."""
+    check_fit(_empty_vae(source), source)

@@ -1,7 +1,7 @@
-"""What the shapes of Wan's weights tell: the configuration, the size, and unsupported variants.
+"""The configuration of Wan's networks: what shapes tell, and a config.json where there is one.
 
-All functions take `specs`, shapes by the names of diffusers and transformers
-(`aad1.models.wan_keys`); names that are no such names stay as they are in the file.
+Names are those of diffusers and transformers (`aad1.models.wan_keys`). Variants that are not
+supported are refused by name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from aad1.errors import UserError
 from aad1.models.dit import WanConfig
 from aad1.models.tensor_files import Source, Spec
+from aad1.models.weights import read_transformer_config
 
 HEAD_DIM = 128
 """Width of a head in every Wan transformer; shapes do not tell it."""
@@ -82,6 +83,18 @@ def check_width(source: Source, width: int) -> None:
         )
 
 
+def wan_config(source: Source) -> WanConfig:
+    """The configuration of a transformer, from diffusers' config.json if there is one."""
+    if source.config.get("_class_name") == "WanTransformer3DModel":
+        check_one_model(source)
+        folder = source.where if source.where.is_dir() else source.where.parent
+        config = read_transformer_config(source.config, folder / "config.json")
+        check_variant(source)
+        check_width(source, config.width)
+        return config
+    return transformer_config(source)
+
+
 def transformer_config(source: Source) -> WanConfig:
     """The configuration of a Wan transformer from its shapes, and the head count from `config`.
 
@@ -137,6 +150,14 @@ def transformer_config(source: Source) -> WanConfig:
     )
 
 
+def vae_json(source: Source) -> dict[str, Any]:
+    """Arguments of diffusers' `AutoencoderKLWan`: config.json if it has them, else from shapes."""
+    shapes = vae_config(source)
+    if source.config.get("_class_name") != "AutoencoderKLWan":
+        return shapes
+    return {k: v for k, v in source.config.items() if not k.startswith("_")}
+
+
 def vae_config(source: Source) -> dict[str, Any]:
     """Arguments of diffusers' `AutoencoderKLWan` from shapes; mean and std are its own, Wan 2.1's.
 
@@ -178,6 +199,13 @@ def vae_config(source: Source) -> dict[str, Any]:
         in_channels=pixels,
         out_channels=out,
     )
+
+
+def umt5_json(source: Source) -> dict[str, Any]:
+    """Arguments of transformers' `UMT5Config`: config.json's, with what shapes tell on top."""
+    check_variant(source)
+    own = source.config if source.config.get("model_type") == "umt5" else {}
+    return {**own, **umt5_config(source)}
 
 
 def umt5_config(source: Source) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
-from aad1.models.checkpoints import load_wan_transformer, wan_config, wan_source
+from aad1.models.checkpoints import find_part, load_wan_transformer
 from aad1.models.discriminator import Discriminator, DiscriminatorConfig
 from aad1.models.dit import WanTransformer
 from aad1.models.tensor_files import Source
+from aad1.models.wan_shapes import wan_config
 from aad1.models.weights import check_names
 from aad1.parallel.mesh import Processes
 from aad1.parallel.shard import distribute, local
@@ -76,7 +77,7 @@ def load_transformer(
     """`load_wan_transformer`, in shards where there are several processes."""
     if processes.mesh is None:
         return load_wan_transformer(path, dtype, device).requires_grad_(trained)
-    source = wan_source(path)
+    source = find_part(path, "transformer")
     config = wan_config(source)
     check_names(config, source)
     with torch.device("meta"):
@@ -98,7 +99,7 @@ def load_discriminator(
     if processes.mesh is None:
         backbone = load_wan_transformer(path, torch.float32, device)
         return Discriminator(backbone, config, geometry).to(device)
-    source = wan_source(path)
+    source = find_part(path, "transformer")
     shape = wan_config(source)
     check_names(shape, source)
     with torch.device("meta"):

@@ -20,9 +20,10 @@ from torch import nn
 from aad1.core.chunks import Plan as AttentionPlan
 from aad1.core.chunks import bidirectional, block_causal, parallel_chunks
 from aad1.errors import UserError
-from aad1.models.checkpoints import find_parts, wan_config
+from aad1.models.checkpoints import find_parts
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanConfig, WanTransformer
+from aad1.models.wan_shapes import wan_config
 from aad1.models.weights import read_json, read_transformer_config
 from aad1.parallel.mesh import MeshShape, check_heads, share
 from aad1.stages.adversarial import AdversarialConfig

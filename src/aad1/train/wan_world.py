@@ -14,7 +14,8 @@ from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
 from aad1.model_info import FORMAT, INDEX, ModelInfo, read_info
-from aad1.models.checkpoints import find_parts, load_wan_vae
+from aad1.models.checkpoints import find_parts
+from aad1.models.wan_codec import load_wan_vae
 from aad1.models.weights import read_json, write_json
 from aad1.stages.base import Batch, Conditioner, TextEncoder
 from aad1.train.config import WanData

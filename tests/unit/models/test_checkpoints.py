@@ -20,16 +20,12 @@ from torch import Tensor
 from aad1.errors import UserError
 from aad1.model_info import ModelInfo
 from aad1.models import wan_keys
-from aad1.models.checkpoints import (
-    find_parts,
-    load_umt5_state,
-    load_wan_transformer,
-    load_wan_vae,
-    wan_config,
-)
+from aad1.models.checkpoints import find_parts, load_wan_transformer
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.text import WordEncoder, WordEncoderConfig
 from aad1.models.umt5 import load_umt5
+from aad1.models.wan_codec import load_wan_vae
+from aad1.models.wan_shapes import wan_config
 from aad1.models.weights import save_transformer
 from aad1.pipeline import Pipeline
 from wan_files import (
@@ -37,6 +33,7 @@ from wan_files import (
     original_transformer,
     original_umt5,
     original_vae,
+    read_umt5,
     write_original,
     write_sharded,
     write_tokenizer,
@@ -170,7 +167,7 @@ def test_dtype_and_loading_of_a_part_by_path(base: Path) -> None:
     want = original_transformer(seed=7)["blocks.0.ffn.0.weight"].bfloat16()
     assert torch.equal(model.state_dict()["blocks.0.ffn.net.0.proj.weight"], want)
     assert not model.training and all(p.device.type == "cpu" for p in model.parameters())
-    config, state = load_umt5_state(base)
+    config, state = read_umt5(base)
     assert config["d_model"] == 16
     assert torch.equal(state["shared.weight"], original_umt5()["token_embedding.weight"])
 

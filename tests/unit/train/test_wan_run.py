@@ -519,7 +519,7 @@ def test_what_cannot_be_is_told_before_anything_is_loaded_or_written(
         raise AssertionError("weights were read")
 
     for name in ("train.wan_base.load_text_encoder", "models.checkpoints.load_wan_transformer",
-                 "models.checkpoints.load_wan_vae"):  # fmt: skip
+                 "models.wan_codec.load_wan_vae"):  # fmt: skip
         monkeypatch.setattr(f"aad1.{name}", never)
     states = {
         "narrow": original_transformer(text=16),
