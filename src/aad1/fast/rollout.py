@@ -22,7 +22,8 @@ from aad1.core.flow import add_noise
 from aad1.core.kv_cache import KV
 from aad1.errors import UserError
 from aad1.fast.config import FastConfig, default_config, usable
-from aad1.fast.dit import FastTransformer, Part
+from aad1.fast.dit import FastTransformer
+from aad1.fast.place import Part
 from aad1.fast.slots import Slots
 from aad1.models.dit import WanTransformer
 from aad1.rollout.stream import Noise, Rollout

@@ -18,7 +18,7 @@ from aad1.evaluation import gate as gate_module
 from aad1.evaluation.gate import GATED, Gate, fp8_gate
 from aad1.evaluation.model import rollouts
 from aad1.evaluation.worlds import RealWorld, drawn
-from aad1.fast import dit, ops
+from aad1.fast import layers, ops
 from aad1.models.dit import WanTransformer
 from aad1.pipeline import Pipeline
 from aad1.worlds.sprites import SpritesConfig
@@ -72,7 +72,7 @@ def test_the_plain_side_is_what_evaluate_measures(pipe: Pipeline, world: RealWor
 def test_without_float8_both_sides_are_one(
     pipe: Pipeline, world: RealWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dit, "_quantised", dit._plain)
+    monkeypatch.setattr(layers, "_quantised", layers._plain)
     gate = run(pipe, world)
     assert max(gate.latents) < 1e-5
     assert all(abs(gate.change(name)) < 1e-2 for name in GATED) and not gate.failures()

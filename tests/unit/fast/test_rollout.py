@@ -194,7 +194,8 @@ def test_a_session_is_used_again_and_two_at_once_do_not_mix(model: WanTransforme
 )
 def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would pass a comparison that is too loose or too short."""
-    from aad1.fast import dit, rollout
+    from aad1.fast import rollout
+    from aad1.fast.place import Place
 
     net, window, how, single = build(), 9, "stream", bug == "not kept"
     slots = slots_module.Slots
@@ -217,9 +218,9 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
             rollout.Session, "_noisy", lambda *args: replace(part(*args), keep=False)
         )
     elif bug == "last layer":
-        finish = dit._Place.write
+        finish = Place.write
         monkeypatch.setattr(
-            dit._Place, "write",
+            Place, "write",
             lambda self, layer, k, v=None: finish(self, min(layer, 1), k, v),
         )  # fmt: skip
     else:
