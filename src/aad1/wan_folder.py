@@ -98,21 +98,21 @@ def load_wan(
     steps: int | None,
     device: torch.device,
     dtype: torch.dtype,
-    text_cache: str | Path | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
-    weights: str = "",
-    transformer_device: torch.device | None = None,
+    text_cache: str | Path | None,
+    loras: Sequence[tuple[str | Path, float]],
+    weights: str,
+    transformer_device: torch.device,
 ) -> tuple[WanTransformer, Codec, Umt5Encoder, ModelInfo]:
     """The parts of a pipeline. Parts that `path` lacks are taken from `base`.
 
     loras: (file, scale), merged into the transformer. weights: which state dict of a .pt that holds
-    several; "" prefers the moving average. transformer_device: of the transformer, if not `device`.
+    several; "" prefers the moving average. transformer_device: of the transformer alone.
 
     UserError lists what is missing and where it was looked for.
     """
     parts, info = find_wan(path, base=base, recipe=recipe, steps=steps, weights=weights)
     transformer = load_wan_transformer(
-        parts.source("transformer"), dtype, transformer_device or device, loras
+        parts.source("transformer"), dtype, transformer_device, loras
     )
     codec = load_wan_vae(parts.source("vae"), dtype, device)
     assert parts.tokenizer is not None

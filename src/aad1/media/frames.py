@@ -48,12 +48,15 @@ def single_frames(frames: Frames | Iterable[Frames]) -> Iterator[Pixels]:
             yield frame
 
 
-def enlarged(frames: Iterable[Pixels], scale: int | None, resample: str) -> Iterator[Image.Image]:
+def enlarged(
+    frames: Iterable[Pixels],
+    scale: int | None,
+    kernel: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Iterator[Image.Image]:
     """Frames as pictures, enlarged by a whole factor.
 
     scale: None takes the least that brings the shorter side to `SHORT_SIDE` pixels, or 1.
     """
-    kernel = Image.Resampling[resample.upper()]
     for frame in frames:
         picture = Image.fromarray(np.ascontiguousarray(frame))
         factor = scale or math.ceil(SHORT_SIDE / min(picture.size))

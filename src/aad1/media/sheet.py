@@ -31,14 +31,10 @@ def contact_sheet(
         raise UserError("a contact sheet needs at least one video, and each at least one frame")
     if captions is not None and len(captions) != len(videos):
         raise UserError(f"{len(captions)} captions for {len(videos)} videos")
-    rows = [
-        list(
-            enlarged(
-                single_frames([video[k] for k in spread(len(video), columns)]), scale, "nearest"
-            )
-        )
-        for video in videos
-    ]
+    rows = []
+    for video in videos:
+        frames = single_frames([video[k] for k in spread(len(video), columns)])
+        rows.append(list(enlarged(frames, scale, Image.Resampling.NEAREST)))
     width, height = rows[0][0].size
     gap, line = 2, 16 if captions is not None else 0
     font = ImageFont.load_default(size=12)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -47,7 +46,6 @@ def write_video(
     fps: float,
     *,
     scale: int | None = None,
-    resample: Literal["lanczos", "nearest"] = "lanczos",
 ) -> int:
     """Write frames as .mp4 (H.264), .gif or .png (a sheet of frames) and return their number.
 
@@ -67,7 +65,7 @@ def write_video(
     rate = frame_rate(fps)
     if scale is not None and not 1 <= scale <= 64:
         raise UserError(f"scale={scale} must be in 1..64")
-    pictures = enlarged(single_frames(frames), scale, resample)
+    pictures = enlarged(single_frames(frames), scale)
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_sheet}[path.suffix.lower()]
     with replace_file(path) as temporary:
         count = write(temporary, pictures, rate)
