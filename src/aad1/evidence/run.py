@@ -38,10 +38,9 @@ from aad1.evidence.results import (
     say,
     source_hash,
 )
-from aad1.evidence.store import Store
+from aad1.evidence.store import Store, missing_data
 from aad1.pipeline import pick_device
 from aad1.train.blocks import plain_blocks
-from aad1.train.config import LatentData
 from aad1.train.guard import Stopped
 from aad1.train.loop import NonFinite
 from aad1.train.run import Run
@@ -84,7 +83,10 @@ class Runner:
         self.clock = Clock(settings.minutes, self.all, settings.known_seconds)
         self.store = Store(settings.work, self.all, self.hashes)
         for folder in (settings.work, settings.results):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
 
     @cached_property
     def device(self) -> torch.device:
@@ -141,7 +143,9 @@ class Runner:
     # -- the loop ---------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Runs what fits; returns how many runs were finished."""
+        """Runs what fits; returns how many runs were finished. UserError for a device that is not
+        there: that is no failure of a run."""
+        pick_device(self.settings.device)
         done = 0
         try:
             for arm in self.arms:
@@ -288,10 +292,3 @@ class Runner:
         if self.settings.ignore_gate:
             return f"ignored: {self.settings.ignore_gate}"
         return "passed"
-
-
-def missing_data(arm: Arm) -> str:
-    """The first folder that a run on a recorded world lacks, or nothing."""
-    data = arm.experiment.data
-    folders = (data.train, data.heldout, data.codec) if isinstance(data, LatentData) else ()
-    return next((str(folder) for folder in folders if not folder.is_dir()), "")

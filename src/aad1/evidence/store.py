@@ -17,6 +17,7 @@ from aad1.atomic import replace_file, replace_folder
 from aad1.evidence.arms import Arm
 from aad1.evidence.results import FINISHED, Record
 from aad1.pipeline import Pipeline, read_info
+from aad1.train.config import LatentData
 
 CUT_OFF = "cut_off.json"
 
@@ -97,3 +98,10 @@ class Store:
         shutil.rmtree(self.runs / arm.name, ignore_errors=True)
         if "stage1" in arm.key:
             shutil.rmtree(self.runs / "trajectories", ignore_errors=True)
+
+
+def missing_data(arm: Arm) -> str:
+    """The first folder that a run on a recorded world lacks, or nothing."""
+    data = arm.experiment.data
+    folders = (data.train, data.heldout, data.codec) if isinstance(data, LatentData) else ()
+    return next((str(folder) for folder in folders if not folder.is_dir()), "")

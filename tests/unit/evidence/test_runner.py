@@ -26,8 +26,8 @@ from aad1.evidence.curves import curves, thinned
 from aad1.evidence.measure import TINY, controls, evaluate_student, recorded_clips
 from aad1.evidence.report import write
 from aad1.evidence.results import Record, load, load_all
-from aad1.evidence.run import Runner, Settings, missing_data
-from aad1.evidence.store import CUT_OFF
+from aad1.evidence.run import Runner, Settings
+from aad1.evidence.store import CUT_OFF, missing_data
 from aad1.models.codec import PixelCodec
 from aad1.train.config import LatentData
 from aad1.train.guard import StopFlag
@@ -407,6 +407,19 @@ def test_recorded_clips_are_judged_too(tmp_path: Path, tiny_pipeline: Callable[.
     assert found["static"]["short"]["M"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(UserError, match="96 are needed"):
         recorded_clips(replace(data, heldout=data.train), TINY, torch.device("cpu"))
+
+
+def test_what_cannot_be_is_told_before_a_run_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--tiny", "--groups", "teacher", "--work", str(tmp_path / "work")]
+    if not torch.cuda.is_available():
+        results = tmp_path / "results"
+        assert main([*given, "--results", str(results), "--device", "cuda"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err and not list(results.iterdir())
+    (tmp_path / "file").touch()
+    assert main([*given, "--results", str(tmp_path / "file" / "results")]) == 2
+    assert "cannot make the folder" in capsys.readouterr().err
 
 
 class Words:
