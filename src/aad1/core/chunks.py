@@ -142,3 +142,19 @@ def parallel_chunks(geometry: ChunkGeometry, past_frames: int, frames: int, skip
         keys = past + tuple(past_frames + f for f in own)
         groups.append(Group(own, keys, positions[len(past) :], positions))
     return tuple(groups)
+
+
+def without_unseen(plan: Plan, past_frames: int) -> tuple[Plan, tuple[int, ...]]:
+    """A plan over those past frames alone that it sees, and their numbers.
+
+    Chunks in the middle of a long clip then have the same plan wherever they are.
+    """
+    seen = tuple(sorted({k for group in plan for k in group.keys if k < past_frames}))
+    place = {frame: i for i, frame in enumerate(seen)}
+    fewer = past_frames - len(seen)
+
+    def moved(group: Group) -> Group:
+        keys = tuple(place[k] if k < past_frames else k - fewer for k in group.keys)
+        return Group(group.queries, keys, group.query_positions, group.key_positions)
+
+    return tuple(map(moved, plan)), seen

@@ -56,7 +56,9 @@ def obedience(videos: Tensor, prompts: Sequence[str]) -> dict[str, list[bool]]:
         name: [] for name in ("camera_direction", "camera_stays", "colors", "directions")
     }
     late = quarter(videos.shape[1])
-    for video, prompt, camera in zip(videos, prompts, camera_velocity(videos), strict=True):
+    # Flow on the videos' device; colours frame by frame, which is for the CPU.
+    cameras = camera_velocity(videos)
+    for video, prompt, camera in zip(videos.cpu(), prompts, cameras, strict=True):
         if pan := _PAN.search(prompt):
             speed = float(camera.norm())
             if pan[1] is None:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aad1.evidence.compute import equal_updates
 from aad1.presets import preset
 from aad1.presets.ablations import PENALTIES
 from aad1.stages.pretrain import PretrainConfig
@@ -73,8 +74,6 @@ class Arm:
     """Of a trial of other settings."""
     teacher: str = TEACHER
     """Name of the run whose model is its teacher."""
-    equal_compute: bool = False
-    """Its number of updates is what takes as long as stages II and III of its seed."""
 
     @property
     def name(self) -> str:
@@ -91,20 +90,22 @@ class Arm:
         """Whether it is trained from scratch."""
         return isinstance(self.experiment.stage, PretrainConfig)
 
-    def placed(
-        self, runs: Path, updates: int, teacher: Path | None, init: Path | None
-    ) -> Experiment:
-        """The experiment with its folders and its number of updates."""
+    @property
+    def updates(self) -> int:
+        """Generator updates."""
+        return self.experiment.optim.updates
+
+    def placed(self, runs: Path, teacher: Path | None, init: Path | None) -> Experiment:
+        """The experiment with its folders."""
         e = replace(self.experiment, name=self.name, out=runs, seed=self.seed)
-        optim = replace(e.optim, updates=updates)
-        return replace(e, optim=optim, teacher=teacher, init=init)
+        return replace(e, teacher=teacher, init=init)
 
     def settings(self) -> dict[str, Any]:
         """All that its numbers hang on, as plain data."""
         plain = to_plain(replace(self.experiment, name=self.key, seed=self.seed))
         for name in ("out", "teacher", "init", "device"):
             del plain[name]
-        return {**plain, "parent": self.parent, "equal_compute": self.equal_compute}
+        return {**plain, "parent": self.parent}
 
 
 def given(value: Any) -> Any:
@@ -137,7 +138,7 @@ def hashes(arms: list[Arm]) -> dict[str, str]:
                 arm.experiment, name=arm.key, seed=arm.seed, out=Path("out"), device="auto",
                 teacher=None, init=None,
             )  # fmt: skip
-            facts = [given(e), arm.parent, arm.equal_compute]
+            facts = [given(e), arm.parent]
             text = json.dumps(facts, sort_keys=True)
             if not arm.is_teacher:
                 text += of(arm.teacher) + of(arm.parent)
@@ -162,11 +163,16 @@ def plan(prefix: str = "evidence", first: int = 4, rest: int = 3) -> list[Arm]:
     return [*_plan(prefix, first, rest), *(_doom() if prefix == "evidence" else ())]
 
 
+def _to_the_end(e: Experiment) -> Experiment:
+    """What is judged is the average at a fixed last update: nothing is picked on the way."""
+    return replace(e, monitor=replace(e.monitor, early_stop=False))
+
+
 def _doom() -> Iterator[Arm]:
     """The headline arms on recorded clips, at settings found before any of them was run."""
 
     def arm(key: str, seed: int, run: str, parent: str = "", updates: int = 0) -> Arm:
-        e = replace(preset(f"doom-{run}"), checkpoint_every=100_000)
+        e = _to_the_end(replace(preset(f"doom-{run}"), checkpoint_every=100_000))
         if updates:
             e = replace(e, optim=replace(e.optim, updates=updates))
         return Arm(key=f"doom_{key}", seed=seed, group="doom", experiment=e, parent=parent,
@@ -184,13 +190,16 @@ def _doom() -> Iterator[Arm]:
 
 def _plan(prefix: str, first: int, rest: int) -> Iterator[Arm]:
     def arm(key: str, seed: int, group: str, run: str, parent: str = "", **more: Any) -> Arm:
-        e = preset(f"{prefix}-{run}")
+        e = _to_the_end(preset(f"{prefix}-{run}"))
         updates = more.pop("updates", None)
         if updates:
             e = replace(e, optim=replace(e.optim, updates=updates))
         return Arm(key=key, seed=seed, group=group, experiment=e, parent=parent, **more)
 
-    both = sum(preset(f"{prefix}-{run}").optim.updates for run in ("dmd", "aad"))
+    staged = [preset(f"{prefix}-{run}") for run in ("dmd", "aad")]
+    both = sum(e.optim.updates for e in staged)
+    no_warmup, joint = "aad-no_warmup", "joint"
+    as_much = {run: equal_updates(preset(f"{prefix}-{run}"), staged) for run in (no_warmup, joint)}
     yield arm("teacher", 0, "teacher", "teacher")
     yield arm("stage1", 0, "teacher", "ode", "teacher-s0")
     yield arm("gate-stage2", GATE_SEED, "gate", "dmd", "stage1-s0")
@@ -203,13 +212,11 @@ def _plan(prefix: str, first: int, rest: int) -> Iterator[Arm]:
         group, parent = "2x2 and warm-up", f"stage2-s{seed}"
         yield arm("B", seed, group, "aad-causal_video", parent)
         yield arm("D", seed, group, "aad-bidirectional_frame", parent)
-        yield arm("no_warmup", seed, group, "aad-no_warmup", "stage1-s0", updates=both)
-        yield arm(
-            "no_warmup_compute", seed, group, "aad-no_warmup", "stage1-s0", equal_compute=True
-        )
+        for key, updates in (("no_warmup", both), ("no_warmup_compute", as_much[no_warmup])):
+            yield arm(key, seed, group, no_warmup, "stage1-s0", updates=updates)
     for seed in range(rest):
-        yield arm("joint", seed, "joint", "joint", "stage1-s0", updates=both)
-        yield arm("joint_compute", seed, "joint", "joint", "stage1-s0", equal_compute=True)
+        for key, updates in (("joint", both), ("joint_compute", as_much[joint])):
+            yield arm(key, seed, "joint", joint, "stage1-s0", updates=updates)
     for seed in range(rest):
         for weight in PENALTIES:
             run = f"aad-penalty_{weight}"

@@ -160,7 +160,9 @@ def p2(r: Results) -> Verdict:
     comparable = {arm: {s: v for s, v in drift[arm].items() if own.get(s)}
                   for arm, own in (("B", moves), ("C", c_moves))}  # fmt: skip
     ratio = paired_ratio(comparable["B"], comparable["C"])
-    signed = mean_effect(r.figure("B", "signed_drift", "long"))
+    signed = mean_effect(
+        {s: v for s, v in r.figure("B", "signed_drift", "long").items() if moves.get(s)}
+    )
     conditions = {
         "B has M of at least 0.6 in at least 3 of 4 seeds": sum(moves.values()) >= 3,
         "drift of B over C at 81 frames at least 1.25, interval above 1": (
@@ -238,7 +240,8 @@ def s1(r: Results) -> Verdict:
     weights = (0, 5, 20, 50, 200)
     scores = {w: _score(r, f"weight_{w}") for w in weights}
     best = min(scores, key=lambda w: scores[w])
-    best_td = min(_mean(r.figure(f"weight_{w}", "FDtd")) for w in weights if w)
+    means = [_mean(r.figure(f"weight_{w}", "FDtd")) for w in weights]
+    best_td = min(filter(math.isfinite, means), default=math.inf)  # NaN: every seed diverged
     bad = 0
     collapsed, td = r.collapsed("weight_0"), r.figure("weight_0", "FDtd")
     for seed, record in r.of("weight_0").items():
@@ -251,7 +254,9 @@ def s1(r: Results) -> Verdict:
     frames = paired_ratio(r.figure("weight_50", "FDnss_late"), r.figure("weight_20", "FDnss_late"))
     conditions = {
         "0 collapses, diverges, or has twice the best FDtd in at least 2 of 3 seeds": bad >= 2,
-        "20 is within 10% of the best weight": scores[20] <= 1.1 * scores[best],
+        "20 is within 10% of the best weight": (
+            math.isfinite(scores[20]) and scores[20] <= 1.1 * scores[best]
+        ),
         "50 moves less or has a higher FDnss than 20, by interval": (
             _below(motion, 0) or _above(frames, 1)
         ),
@@ -268,9 +273,13 @@ def s1(r: Results) -> Verdict:
 def s2(r: Results) -> Verdict:
     """Stage III trades motion for consistency."""
     motion = paired_difference(r.figure("stage2", "M"), r.figure("C", "M"))
-    consistency = paired_difference(
-        r.figure("C", "consistency_subject"), r.figure("stage2", "consistency_subject")
+    # Standing still is perfectly consistent: as drift, it counts only where both move.
+    still = {s for arm in ("C", "stage2") for s, moves in r.moves(arm).items() if not moves}
+    own, start = (
+        {s: v for s, v in r.figure(arm, "consistency_subject").items() if s not in still}
+        for arm in ("C", "stage2")
     )
+    consistency = paired_difference(own, start)
     colors = paired_difference(r.figure("C", "colors", "oracle"), r.figure("stage2", "colors",
                                                                            "oracle"))  # fmt: skip
     conditions = {

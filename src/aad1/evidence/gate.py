@@ -8,7 +8,7 @@ get there stays in the results.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import yaml
 
 from aad1.atomic import replace_file
 from aad1.errors import UserError
-from aad1.evidence.arms import Arm
-from aad1.evidence.results import Record
+from aad1.evidence.arms import TEACHER, Arm
+from aad1.evidence.results import DONE, Record, say
 from aad1.train.config import Experiment
 from aad1.train.record import from_plain, to_plain
 from aad1.train.setup import STAGE_NAMES
@@ -91,6 +91,29 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     assert isinstance(found, dict)
+    return found
+
+
+def found_or_judged(
+    folders: Sequence[Path], arms: Iterable[Arm], records: Mapping[str, Record], settings: str
+) -> dict[str, Any] | None:
+    """The gate's file for these settings from one of the folders; else it is judged and written to
+    the first, if both runs that it needs are there. None if they are not.
+    """
+    for folder in folders:
+        found = read(folder)
+        if found is not None and found["settings"] == settings:
+            return found
+    full = next((a for a in arms if a.key == "gate-C" and not a.label), None)
+    if full is None:
+        return None
+    pair = [records.get(name) for name in (full.parent, full.name)]
+    if any(r is None or r.status != DONE for r in pair):
+        return None
+    start, own = (r for r in pair if r is not None)
+    found = judge(start, own, records.get(TEACHER), records.get("controls-s0"), settings)
+    write(found, folders[0])
+    say(f"gate: {'passed' if found['passed'] else 'closed'} {found['conditions']}")
     return found
 
 

@@ -128,6 +128,8 @@ def drawn_clips(
         "long": (sizes.long_clips, sizes.long_frames),
         "longest": (sizes.longest_clips, sizes.longest_frames),
     }
+    if which == VALIDATION:
+        del shapes["longest"]  # nothing is judged there
 
     def drawn(name: str, part: str) -> tuple[Clips, SpritesState]:
         count, frames = shapes[name]
@@ -279,7 +281,7 @@ def evaluate_student(
 def oracle(video: Tensor, real: Real) -> dict[str, float | None]:
     """Shares of statements in the prompts that come true (`oracle_figures.obedience`)."""
     prompts = [captions[-1] for captions in real.captions[: len(video)]]
-    found = obedience(video.cpu(), prompts)
+    found = obedience(video, prompts)
     return {name: sum(hits) / len(hits) if hits else None for name, hits in found.items()}
 
 
@@ -327,13 +329,19 @@ def evaluate_teacher(
     return told, {f"short/{m}": why for m, why in missing.items()}, video[:SHOWN].cpu()
 
 
+def floor(real: Real, name: str) -> dict[str, float | None]:
+    """What other real clips get of a set of videos."""
+    reference, other = real.sets[name]
+    metrics = SHORT if name == "short" else LONG
+    found = compare(other, reference, None, metrics, resamples=0)
+    return {metric: figure.value for metric, figure in found.items()}
+
+
 def controls(real: Real, sizes: Sizes) -> dict[str, Figures]:
     """What needs no model, by name: other real clips, first frames held still, fading contrast."""
     out: dict[str, Figures] = {"real": {}, "static": {}, "drift-contrast": {}}
-    for name, (reference, other) in real.sets.items():
-        metrics = SHORT if name == "short" else LONG
-        floor = compare(other, reference, None, metrics, resamples=0)
-        out["real"][name] = {metric: figure.value for metric, figure in floor.items()}
+    for name, (reference, _) in real.sets.items():
+        out["real"][name] = floor(real, name)
         frames = reference.videos.frames
         still = real.video[: len(reference.videos), :1].expand(-1, frames, -1, -1, -1)
         out["static"][name] = figures_of(still, real, name)[0]

@@ -312,7 +312,27 @@ def _runs(records: Mapping[str, Record]) -> str:
             _value(r.value("short", "M")), _value(r.value("short", "FDtd")),
             _value(r.value("short", "FDnss_late")), r.settings_hash[:6], r.commit[:8] or "-",
         ])  # fmt: skip
-    return head + _table(
-        ["Run", "State", "Updates", "Minutes", "M", "FDtd", "FDnss late", "Settings", "Commit"],
-        rows,
+    return (
+        head
+        + _unpaired(records)
+        + _table(
+            ["Run", "State", "Updates", "Minutes", "M", "FDtd", "FDnss late", "Settings", "Commit"],
+            rows,
+        )
     )
+
+
+def _unpaired(records: Mapping[str, Record]) -> str:
+    """Which runs did not start from the very weights of their partners; usually nothing."""
+    starts: dict[str, dict[str, list[str]]] = {}
+    for r in records.values():
+        if r.start:
+            starts.setdefault(r.parent, {}).setdefault(r.start, []).append(r.name)
+    told = [
+        f"- **Not exact partners**: the weights of {parent} were made again, and not the same; "
+        + "; ".join(f"{', '.join(names)} from {sha[:8]}" for sha, names in sorted(some.items()))
+        + "."
+        for parent, some in sorted(starts.items())
+        if len(some) > 1
+    ]
+    return "\n".join([*told, "", ""]) if told else ""

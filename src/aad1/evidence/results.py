@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Record:
     source_hash: str = ""
     """Of the package's Python files, for copies without a repository."""
     parent: str = ""
+    start: str = ""
+    """sha256 of the weights that it started from: the parent's, as they were at hand."""
     weights: str = ""
     """sha256 of the generator, as `Pipeline` counts it."""
     gate: str = ""
@@ -118,3 +120,6 @@ def git_commit() -> str:
         return commit + ("+" if commit and git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+say: Callable[[str], None] = lambda text: print(f"evidence: {text}", flush=True)  # noqa: E731

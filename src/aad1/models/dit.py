@@ -215,7 +215,7 @@ def planned_attention(
         pieces += zip([g.queries for g in groups], out.chunk(len(groups)), strict=True)
     if len(pieces) == 1 and pieces[0][0] == tuple(range(frames)):
         return pieces[0][1]
-    pieces.sort(key=lambda p: p[0])
+    pieces.sort(key=lambda p: p[0][0])  # by first frame; the compiler cannot sort by tuples
     order = [i for index, _ in pieces for i in index]
     if order != list(range(frames)):
         raise ValueError(f"the plan covers query frames {order}, the pass has {frames}")

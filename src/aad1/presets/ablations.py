@@ -37,16 +37,21 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
     for weight in PENALTIES:
         stage = replace(aad.stage, penalty_weight=float(weight))
         runs.append(replace(aad, name=f"{aad.name}-penalty_{weight}", stage=stage))
-    # As many updates as warm-up and refinement have together, at the warm-up's learning rates.
+    # One-Forcing at chunks of several frames: a head on the last tapped block alone, one learning
+    # rate for all networks (here the warm-up's), betas (0, 0.999). Updates, batch, schedule and
+    # average are those of warm-up and refinement together, clips the same real ones.
+    rate = dmd.optim.lr
     optim = replace(
-        dmd.optim, updates=dmd.optim.updates + aad.optim.updates, batch=aad.optim.batch,
-        heads_lr=aad.optim.heads_lr, schedule=aad.optim.schedule, ema=aad.optim.ema,
+        aad.optim, updates=dmd.optim.updates + aad.optim.updates, warmup=dmd.optim.warmup,
+        lr=rate, critic_lr=rate, heads_lr=rate, betas=(0.0, 0.999), critic_betas=(0.0, 0.999),
     )  # fmt: skip
     runs.append(
         replace(
             aad, name=f"{aad.name.removesuffix('-aad')}-joint", init=dmd.init, optim=optim,
             stage=JointConfig(score=dmd.stage),
-            discriminator=replace(aad.discriminator, causal=False, per_frame=False),
+            discriminator=replace(
+                aad.discriminator, taps=aad.discriminator.taps[-1:], causal=False, per_frame=False
+            ),
         )
     )  # fmt: skip
     if isinstance(aad.data, SpritesData):  # other worlds' clips have an end

@@ -19,9 +19,9 @@ from itertools import pairwise
 
 import torch
 
-from aad1.core.chunks import ChunkGeometry, Plan, cached, parallel_chunks
+from aad1.core.chunks import ChunkGeometry, Plan, cached, parallel_chunks, without_unseen
 from aad1.core.flow import add_noise, x0_from_velocity
-from aad1.core.kv_cache import KV, KVCache
+from aad1.core.kv_cache import KV, KVCache, frames_of
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 
@@ -262,10 +262,12 @@ def replay(
     geometry = rollout.geometry
     frames = recorded.x0.shape[2] if frames is None else frames
     begin, first = geometry.start(skip), geometry.first
-    plan = parallel_chunks(geometry, recorded.past[0][0].shape[1], frames, skip)
+    kept = recorded.past[0][0].shape[1]
+    plan, seen = without_unseen(parallel_chunks(geometry, kept, frames, skip), kept)
+    past = tuple((frames_of(k, seen), frames_of(v, seen)) for k, v in recorded.past)
     x_t = recorded.x_t[:, :, begin - first : frames - first]
     level = torch.full((len(x_t),), recorded.sigma, device=x_t.device)
-    v = rollout.model(x_t, level, text[:, begin:frames], plan=plan, past=recorded.past)
+    v = rollout.model(x_t, level, text[:, begin:frames], plan=plan, past=past)
     return x0_from_velocity(x_t, v, level)
 
 

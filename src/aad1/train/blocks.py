@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -40,12 +42,34 @@ _PLAIN = Block.forward
 
 @lru_cache(maxsize=1)
 def compile_blocks() -> None:
-    """Compile the transformer block for this process, once for all networks that use it."""
+    """Compile the transformer block for this process, once for all networks that use it.
+
+    Every combination of shapes, plan of attention and gradients is compiled for itself, which
+    takes seconds each: what is small or rare is left plain (see also `uncompiled`).
+    """
     torch._dynamo.config.recompile_limit = 64
-    Block.forward = torch.compile(_PLAIN)  # type: ignore[method-assign]
+    fast = torch.compile(_PLAIN, dynamic=False)
+
+    def forward(self: Block, *args: Any) -> Any:
+        keys_only = len(args) > 5 and args[5]
+        image = args[0].shape[1] == 1 and args[3] is None  # a lone frame over no others
+        return (_PLAIN if keys_only or image else fast)(self, *args)
+
+    Block.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def plain_blocks() -> None:
     """Undo `compile_blocks`: for programs that train one network after another."""
     Block.forward = _PLAIN  # type: ignore[method-assign]
     compile_blocks.cache_clear()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Blocks run as they are written, for passes too few to pay for being compiled."""
+    current = Block.forward
+    Block.forward = _PLAIN  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Block.forward = current  # type: ignore[method-assign]

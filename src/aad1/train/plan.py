@@ -28,6 +28,7 @@ from aad1.models.weights import read_json, read_transformer_config
 from aad1.parallel.mesh import MeshShape, check_heads, share
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
+from aad1.stages.joint import JointConfig
 from aad1.stages.ode_init import OdeInitConfig
 from aad1.train import costs
 from aad1.train.config import Experiment, WanData
@@ -125,7 +126,7 @@ def plan(e: Experiment, cluster: Cluster, teacher: WanConfig | None = None) -> P
             named["teacher"] = teacher.num_attention_heads
         check_heads(shape.cp, named)
         share(e.optim.batch * e.optim.accumulate, e.optim.batch, shape.dp)
-    generator, critic = _work(e, student, teacher, clip)
+    generator, critic = operations(e, student, teacher, clip)
     micro = e.optim.batch * e.optim.accumulate
     updates = getattr(e.stage, "critic_updates", 0)
     return Plan(
@@ -232,8 +233,10 @@ def _copies(
     return most + (kept if e.keep_gathered else 0)
 
 
-def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> tuple[float, float]:
-    """Operations per clip of one generator update and of one critic update."""
+def operations(
+    e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip
+) -> tuple[float, float]:
+    """Operations per clip of one generator update and of one critic update (stages I to III)."""
     geometry, again = e.geometry, e.checkpoint_blocks
     if isinstance(e.stage, OdeInitConfig):
         frames = clip.frames
@@ -254,13 +257,20 @@ def _work(e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip) -> 
     steps = (len(e.sigmas) + 1) / 2
     rollout = costs.rollout(student, clip, geometry, steps).forward
     replay = costs.replay(student, clip, geometry).training(again)
-    if isinstance(e.stage, DmdConfig):
+    if isinstance(e.stage, DmdConfig | JointConfig):
+        matching = e.stage.score if isinstance(e.stage, JointConfig) else e.stage
         score = costs.transformer(
             teacher, clip, bidirectional(clip.frames), prompts=clip.frames
         )  # fmt: skip
-        passes = 2 + (e.stage.guidance_scale != 1)
+        passes = 2 + (matching.guidance_scale != 1)
         generator = rollout + passes * score.forward + replay
-        return generator, rollout + score.training(again)
+        critic = rollout + score.training(again)
+        if isinstance(e.stage, JointConfig):  # its heads read the fake score's own network
+            judge = costs.discriminator(teacher, clip, geometry, e.discriminator)
+            generator += judge.to_input(again)
+            punished = bool(e.stage.r1_weight or e.stage.r2_weight)
+            critic += (4 if punished else 2) * judge.training(again)
+        return generator, critic
     assert isinstance(e.stage, AdversarialConfig)
     backbone = student if e.discriminator.causal else teacher
     judge = costs.discriminator(backbone, clip, geometry, e.discriminator)

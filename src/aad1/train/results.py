@@ -19,6 +19,7 @@ from aad1.rollout.teacher import sample
 from aad1.stages.adversarial import Adversarial
 from aad1.stages.base import Conditioner, Stage
 from aad1.stages.joint import Joint
+from aad1.train.blocks import uncompiled
 from aad1.train.loop import Trainer
 from aad1.train.monitor import Validation
 from aad1.train.setup import Setup
@@ -46,6 +47,10 @@ class Results:
 
     def check(self, stage: Stage) -> dict[str, float]:
         """The collapse monitor's figures; the same in all processes."""
+        with uncompiled():  # other shapes than in training, and few passes
+            return self._check(stage)
+
+    def _check(self, stage: Stage) -> dict[str, float]:
         validation, setup = self.validation, self.setup
         latents = self._rollouts()
         values: dict[str, float] = {}
@@ -89,7 +94,8 @@ class Results:
         first process (which alone decodes them)."""
         from aad1.media.sheet import contact_sheet
 
-        made, validation = self._rollouts(), self.validation
+        with uncompiled():
+            made, validation = self._rollouts(), self.validation
         if not self.processes.main:
             return made
         made, update = validation.decode(made), self.trainer.update

@@ -12,6 +12,7 @@ from aad1.core.chunks import (
     block_causal,
     cached,
     parallel_chunks,
+    without_unseen,
 )
 from aad1.errors import UserError
 
@@ -105,3 +106,18 @@ def test_frames_and_chunks_are_inverse() -> None:
 def test_impossible_geometry_names_value_and_range(values: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChunkGeometry(**values)  # type: ignore[arg-type]
+
+
+def test_a_stretch_has_one_plan_wherever_it_lies() -> None:
+    geometry, kept, stretch = ChunkGeometry(), 37, 20
+    plans = {}
+    for skip in (1, 2, 4, 6):
+        whole = parallel_chunks(geometry, kept, geometry.start(skip) + stretch, skip)
+        plan, seen = without_unseen(whole, kept)
+        named = (*seen, *range(kept, kept + stretch))
+        for before, after in zip(whole, plan, strict=True):
+            assert tuple(named[k] for k in after.keys) == before.keys
+            assert after.query_positions == before.query_positions
+        assert max(k for group in plan for k in group.keys) < len(seen) + stretch
+        plans[skip] = plan
+    assert plans[2] == plans[4] == plans[6] != plans[1]

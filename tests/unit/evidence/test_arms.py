@@ -44,6 +44,15 @@ def test_arms_differ_in_what_they_are_about_alone(prefix: str) -> None:
         assert arms[key].optim.batch == base.optim.batch
     assert isinstance(arms["joint"].stage, JointConfig)
     assert arms["joint"].stage.score == arms["stage2"].stage
+    recipe, rates = arms["joint"].stage, arms["joint"].optim
+    assert (recipe.gan_weight, recipe.score.critic_updates) == (0.03, 5)
+    assert (recipe.r1_weight, recipe.r1_sigma) == (1.0, 0.1)
+    assert (recipe.r2_weight, recipe.r2_sigma) == (0.001, 0.01)
+    assert rates.lr == rates.critic_lr == rates.heads_lr == arms["stage2"].optim.lr
+    assert rates.betas == rates.critic_betas == (0.0, 0.999)
+    # A head on the last block alone, as at chunks of several frames.
+    assert arms["joint"].discriminator.taps == base.discriminator.taps[-1:]
+    assert arms["joint"].discriminator.taps == (base.model.num_layers - 1,)
     for weight in (0, 5, 20, 50, 200):
         stage = arms[f"weight_{weight}"].stage
         assert isinstance(stage, AdversarialConfig) and stage.penalty_weight == weight
@@ -52,6 +61,11 @@ def test_arms_differ_in_what_they_are_about_alone(prefix: str) -> None:
     frames = base.data.world.frames  # type: ignore[union-attr]
     assert isinstance(long, AdversarialConfig) and long.rollout_frames == 2 * frames - 1
     base.geometry.chunks(long.rollout_frames)
+
+
+def test_every_run_goes_to_its_last_update() -> None:
+    for arm in (*plan(), *plan("evidence-tiny")):
+        assert not arm.experiment.monitor.early_stop and not arm.experiment.max_minutes, arm.name
 
 
 def test_the_hash_sees_settings_and_parents_and_no_folder() -> None:

@@ -156,6 +156,33 @@ def test_s1() -> None:
     assert status("S1", gone) == "reproduced"
 
 
+def test_s1_with_a_weight_that_always_diverges() -> None:
+    """Its missing FDtd must not become the best one, nor a score of nothing the best score."""
+    bad = {"FDtd": 20.0, "FDnss_late": 20.0}
+    whole = weights(w0=bad, w50={"FDnss_late": 8.0}, w200=bad)
+    for seed in range(3):
+        whole |= diverged("weight_5", seed)
+    assert status("S1", whole) == "reproduced"
+    gone: dict[str, Record] = {}
+    for weight in (0, 5, 20, 50, 200):
+        for seed in range(3):
+            gone |= diverged(f"weight_{weight}", seed)
+    assert not judge(gone)["S1"].conditions["20 is within 10% of the best weight"]
+
+
+def test_what_stands_still_counts_neither_for_drift_nor_for_consistency() -> None:
+    b = arm(
+        "B", M=[1.0, 1.0, 1.0, 0.1], long={"drift_2s": 0.4, "signed_drift": [0.3, 0.31, 0.3, 9]}
+    )
+    signed = judge(b | arm("C"))["P2"].effects["signed drift of B"]
+    assert signed.seeds == (0, 1, 2) and signed.value < 0.4
+    two = arm("stage2", M=1.2, consistency_subject=0.6, colors=0.5)
+    half = arm("C", M=[0.1, 1.0, 1.0, 1.0])
+    consistency = judge(two | half)["S2"].effects["consistency of III less that of II"]
+    assert consistency.seeds == (1, 2, 3)
+    assert status("S2", two, arm("C", **STILL)) == "partly"  # a still C is not the more consistent
+
+
 def test_s2() -> None:
     two = arm("stage2", M=1.2, consistency_subject=0.6, colors=0.5)
     assert status("S2", two, arm("C")) == "reproduced"

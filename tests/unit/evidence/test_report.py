@@ -109,6 +109,21 @@ def test_failures_and_trials_are_listed(tmp_path: Path) -> None:
     assert "| weight_0, seed 0 | diverged |" in text
 
 
+def test_arms_that_did_not_share_their_start_are_named(tmp_path: Path) -> None:
+    folder, page = tmp_path / "evidence", tmp_path / "evidence.md"
+    folder.mkdir()
+    for name, start in (("A", "aa"), ("B", "bb"), ("C", "aa")):
+        Record(name=f"{name}-s0", arm=name, title="", group="", seed=0, status="done",
+               parent="stage2-s0", start=start).save(folder)  # fmt: skip
+    write(folder, page)
+    assert "stage2-s0 were made again, and not the same; A-s0, C-s0 from aa; B-s0 from bb." in (
+        page.read_text()
+    )
+    (folder / "B-s0.json").unlink()
+    write(folder, page)
+    assert "exact partners" not in page.read_text()
+
+
 @pytest.mark.parametrize("claim", [c.name for c in CLAIMS])
 def test_an_empty_folder_says_not_run_yet(claim: str, tmp_path: Path) -> None:
     folder = tmp_path / "evidence"

@@ -19,13 +19,15 @@ import torch
 
 from aad1.data.shards import ClipShards, shard_name, write_manifest, write_shard
 from aad1.errors import UserError
-from aad1.evidence import gate, run
+from aad1.evidence import bench, clock, gate, run
 from aad1.evidence.__main__ import main
 from aad1.evidence.arms import Arm, plan
+from aad1.evidence.curves import curves, thinned
 from aad1.evidence.measure import TINY, controls, evaluate_student, recorded_clips
 from aad1.evidence.report import write
 from aad1.evidence.results import Record, load, load_all
-from aad1.evidence.run import Runner, Settings, curves, missing_data, thinned
+from aad1.evidence.run import Runner, Settings
+from aad1.evidence.store import CUT_OFF, missing_data
 from aad1.models.codec import PixelCodec
 from aad1.train.config import LatentData
 from aad1.train.guard import StopFlag
@@ -90,7 +92,8 @@ def test_arms_of_a_seed_share_their_start_and_differ(done: Path) -> None:
 
 def test_only_what_later_runs_start_from_is_kept(done: Path) -> None:
     kept = {p.name.rsplit("-", 1)[0] for p in (done / "work" / "models").iterdir()}
-    assert kept == {"teacher-s0", "stage1-s0", "gate-stage2-s1000", "stage2-s0"}
+    # Nothing starts from the gate's stage II any more.
+    assert kept == {"teacher-s0", "stage1-s0", "stage2-s0"}
     assert not any((done / "work" / "runs").iterdir())
 
 
@@ -120,14 +123,14 @@ def test_time_runs_out_before_a_run_not_within_it(tmp_path: Path, done: Path) ->
     assert some.run() == 0 and not (done / "results" / "B-s0.json").exists()
     guess = runner(tmp_path, minutes=0.5, known_seconds=True)
     teacher = guess.arms[0]
-    guessed = guess.estimate(teacher, 6000, {})
-    assert guessed == pytest.approx(6000 * run.SECONDS["teacher"] + run.AROUND)
+    guessed = guess.clock.estimate(teacher, {})
+    assert guessed == pytest.approx(teacher.updates * clock.SECONDS["teacher"] + clock.AROUND)
     timed = Record(
         name="C-s0", arm="C", title="", group="", seed=0, status="done", updates=100,
         train_seconds=50.0, evaluate_seconds=10.0,
     )  # fmt: skip
-    arm = next(a for a in guess.arms if a.key == "A")
-    assert guess.estimate(arm, 200, {"C-s0": timed}) == pytest.approx(1.1 * (100 + 10))
+    arm = with_updates(next(a for a in guess.arms if a.key == "A"), 200)
+    assert guess.clock.estimate(arm, {"C-s0": timed}) == pytest.approx(1.1 * (100 + 10))
 
 
 def test_a_run_that_meets_the_limit_goes_on_to_the_same_weights(
@@ -145,7 +148,7 @@ def test_a_run_that_meets_the_limit_goes_on_to_the_same_weights(
     assert one.run() == 0
     assert "stopped by the time limit at update 2" in capsys.readouterr().out
     assert not list((tmp_path / "results").iterdir())
-    marker = tmp_path / "work" / "runs" / "teacher-s0" / run.CUT_OFF
+    marker = tmp_path / "work" / "runs" / "teacher-s0" / CUT_OFF
     identity, seconds = json.loads(marker.read_text())
     marker.write_text(json.dumps([identity, seconds + 1000]))
     monkeypatch.undo()
@@ -164,7 +167,7 @@ def test_a_run_that_was_killed_while_measured_is_not_trained_again(
     def kill(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(run, "evaluate_teacher", kill)
+    monkeypatch.setattr(bench, "evaluate_teacher", kill)
     with pytest.raises(Killed):
         runner(tmp_path, ARMS[:1]).run()
     monkeypatch.undo()
@@ -177,29 +180,61 @@ def test_a_run_that_was_killed_while_measured_is_not_trained_again(
 
 
 def test_the_limit_is_told_to_the_run_in_time(tmp_path: Path) -> None:
-    one = runner(tmp_path, minutes=run.AROUND / 60)
+    one = runner(tmp_path, minutes=clock.AROUND / 60)
 
     class Asked:
         stop = StopFlag()
 
-    with one._until_the_limit(Asked()):  # type: ignore[arg-type]
+    with one.clock.until_the_limit(Asked.stop, {}):
         time.sleep(1.3)  # the timer waits a second at least
     assert Asked.stop.name == "the time limit"
-    Asked.stop = StopFlag()
-    with runner(tmp_path)._until_the_limit(Asked()):  # type: ignore[arg-type]
+    stop = StopFlag()
+    with runner(tmp_path).clock.until_the_limit(stop, {}):
         pass
-    assert Asked.stop.name == ""
+    assert stop.name == ""
 
 
-def test_only_long_runs_begin_without_the_time_to_end(tmp_path: Path) -> None:
+def with_updates(arm: Arm, updates: int) -> Arm:
+    optim = replace(arm.experiment.optim, updates=updates)
+    return replace(arm, experiment=replace(arm.experiment, optim=optim))
+
+
+def test_only_the_first_run_of_a_call_begins_without_the_time_to_end(tmp_path: Path) -> None:
     one = runner(tmp_path, minutes=2, known_seconds=True)
     teacher = next(a for a in one.arms if a.key == "teacher")
-    one._time_for(teacher, 6000, {})
-    with pytest.raises(run.OutOfTime):
-        one._time_for(teacher, 1500, {})  # 165 s: better whole, next time
+    one.clock.check([with_updates(teacher, 6000)], {}, first=True)  # 525 s: never, otherwise
+    one.clock.check([with_updates(teacher, 500)], {}, first=False)  # 85 s
+    with pytest.raises(clock.OutOfTime, match="teacher-s0 needs about 165 s"):
+        one.clock.check([with_updates(teacher, 1500)], {}, first=False)
+    with pytest.raises(clock.OutOfTime):  # weights that have to be made again count
+        one.clock.check([with_updates(teacher, 500)] * 2, {}, first=False)
     short = runner(tmp_path, minutes=1, known_seconds=True)
-    with pytest.raises(run.OutOfTime):
-        short._time_for(teacher, 6000, {})
+    with pytest.raises(clock.OutOfTime):
+        short.clock.check([with_updates(teacher, 6000)], {}, first=True)
+
+
+def test_a_call_on_a_fresh_machine_goes_on_from_weights_and_results_alone(
+    done: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(done / "results", tmp_path / "results")
+    shutil.copytree(done / "work" / "models", tmp_path / "work" / "models")
+    before = {p: p.read_bytes() for p in (tmp_path / "results").glob("*.json")}
+    assert runner(tmp_path, (*ARMS, "B-s0")).run() == 1
+    assert all(p.read_bytes() == content for p, content in before.items())  # nothing twice
+    records = load_all([tmp_path / "results"])
+    assert records["B-s0"].start == records["C-s0"].start == records["stage2-s0"].weights
+
+
+def test_what_starts_from_a_diverged_run_is_left_out(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done, tmp_path / "copy")
+    root = tmp_path / "copy"
+    ill = load(root / "results" / "stage2-s0.json")
+    replace(ill, status="diverged").save(root / "results")
+    shutil.rmtree(next((root / "work" / "models").glob("stage2-s0-*")))
+    assert runner(root, ("B-s0", "D-s0")).run() == 0  # and stage II is not trained again
+    assert "B-s0: cannot begin, stage2-s0 diverged" in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(
@@ -209,7 +244,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(
         error: Exception = NonFinite("update 3: the critic's loss is nan")
 
         def __init__(self, experiment: Any) -> None:
-            self.folder = experiment.folder
+            self.folder, self.stop = experiment.folder, StopFlag()
 
         def train(self) -> Path:
             self.folder.mkdir(parents=True)
@@ -231,24 +266,6 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(
     again = load(done / "results" / "weight_5-s0.json")
     assert again.status == "done"
     assert again.earlier == ("RuntimeError: CUDA out of memory",)
-
-
-def test_equal_compute_is_reckoned_from_the_seconds_of_the_same_seed(tmp_path: Path) -> None:
-    one = runner(tmp_path, ("no_warmup_compute-s0", "joint_compute-s0"))
-    seconds = {"stage2": (40, 20.0), "C": (100, 60.0), "joint": (140, 280.0),
-               "no_warmup": (140, 70.0)}  # fmt: skip
-    records = {
-        f"{key}-s0": Record(
-            name=f"{key}-s0", arm=key, title="", group="", seed=0, status="done",
-            updates=updates, train_seconds=spent,
-        )
-        for key, (updates, spent) in seconds.items()
-    }  # fmt: skip
-    arms = {a.key: a for a in one.arms}
-    assert one._updates(arms["no_warmup_compute"], records) == 160  # 80 s at 0.5 s
-    assert one._updates(arms["joint_compute"], records) == 40  # 80 s at 2 s
-    del records["C-s0"]
-    assert one._updates(arms["joint_compute"], records) is None
 
 
 def record(name: str, **figures: float) -> Record:
@@ -390,6 +407,19 @@ def test_recorded_clips_are_judged_too(tmp_path: Path, tiny_pipeline: Callable[.
     assert found["static"]["short"]["M"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(UserError, match="96 are needed"):
         recorded_clips(replace(data, heldout=data.train), TINY, torch.device("cpu"))
+
+
+def test_what_cannot_be_is_told_before_a_run_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--tiny", "--groups", "teacher", "--work", str(tmp_path / "work")]
+    if not torch.cuda.is_available():
+        results = tmp_path / "results"
+        assert main([*given, "--results", str(results), "--device", "cuda"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err and not list(results.iterdir())
+    (tmp_path / "file").touch()
+    assert main([*given, "--results", str(tmp_path / "file" / "results")]) == 2
+    assert "cannot make the folder" in capsys.readouterr().err
 
 
 class Words:
