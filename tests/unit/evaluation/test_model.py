@@ -81,7 +81,8 @@ def test_every_section_is_there_and_written(
     assert [r["section"] for r in rows] == ["short"] * 5 + ["long"] * 2 + ["last"] * 2
     assert float(rows[0]["flow"]) == pytest.approx(float(short.videos.magnitude[0]))
     html = (tmp_path / "report.html").read_text()
-    assert html == page(result)
+    mp4 = re.compile(r'data:video/mp4;base64,[^"]+')  # not always the same bytes of the same frames
+    assert mp4.sub("", html) == mp4.sub("", page(result)) != ""
     outside = re.findall(r'(?:src|href)="(?!data:)', html) + re.findall(r"url\((?!data:)", html)
     assert not outside
     assert html.count("<video") == 7 and html.count("<svg") == 6
