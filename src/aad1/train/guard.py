@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -77,10 +77,12 @@ FREE = {
 """Settings that may be others when a run continues: they change no number, or how long it runs."""
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs as plain data, `field: old -> new`, but for `FREE`."""
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = FREE
+) -> list[str]:
+    """What differs between two configs as plain data, `field: old -> new`, but for `free`."""
     old, new = _flat(before), _flat(now)
-    names = [n for n in dict.fromkeys([*old, *new]) if n not in FREE]
+    names = [n for n in dict.fromkeys([*old, *new]) if n not in free]
     return [
         f"{n}: {old.get(n, 'absent')} -> {new.get(n, 'absent')}"
         for n in names

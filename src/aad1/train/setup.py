@@ -158,7 +158,8 @@ class Setup:
         if isinstance(config, OdeInitConfig):
             ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
             return ode, self._trajectories(log), modules
-        source = self.world.train(getattr(config, "rollout_frames", 0))
+        with self.processes.together():  # opens files
+            source = self.world.train(getattr(config, "rollout_frames", 0))
         if isinstance(config, PretrainConfig):
             assert isinstance(self.text, WordEncoder)
             modules["text"] = self.text
@@ -202,7 +203,8 @@ class Setup:
         """Stage I's trajectories: sampled now on a small world, beforehand for Wan."""
         e = self.experiment
         if isinstance(self.world, WanWorld):
-            return self.world.trajectories(e.sigmas)
+            with self.processes.together():
+                return self.world.trajectories(e.sigmas)
         assert self.teacher is not None
         if not self.processes.main:
             self.processes.barrier()  # the first one samples them, the others read
