@@ -1,12 +1,16 @@
-"""Transformer blocks run otherwise than they are written: again in the backward pass, compiled."""
+"""Transformer blocks run otherwise than they are written: again in the backward pass, compiled,
+with another library's attention."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from aad1.models.dit import Block
@@ -49,3 +53,22 @@ def plain_blocks() -> None:
     """Undo `compile_blocks`: for programs that train one network after another."""
     Block.forward = _PLAIN  # type: ignore[method-assign]
     compile_blocks.cache_clear()
+
+
+@contextmanager
+def attention_by(*, cudnn: bool) -> Iterator[None]:
+    """Within, forward passes (and what of them runs again in a backward pass) take cuDNN's
+    attention where it can be had, if asked for; else what torch prefers."""
+    if not cudnn:
+        yield
+        return
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        yield
+
+
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]

@@ -71,7 +71,7 @@ def only_run(folder: Path) -> Iterator[None]:
 FREE = {
     "name", "out", "mesh", "device", "compile", "checkpoint_blocks", "log_every", "sample_every",
     "checkpoint_every", "max_minutes", "max_skipped", "accept_changes", "optim.updates",
-    "stage.graph", "prefetch", "gather_bf16", "average_on_cpu", "moments_on_cpu",
+    "stage.graph", "prefetch", "gather_bf16", "average_on_cpu", "moments_on_cpu", "cudnn_attention",
     "teacher", "init",  # known by their weights, not by where they lie
 }  # fmt: skip
 """Settings that may be others when a run continues: they change no number, or how long it runs."""

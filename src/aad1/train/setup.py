@@ -26,7 +26,7 @@ from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.joint import Joint, JointConfig
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
-from aad1.train.config import Experiment, WanData
+from aad1.train.config import Experiment, LatentData, SpritesData, WanData
 from aad1.train.log import RunLog
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
@@ -70,7 +70,7 @@ class Setup:
         if isinstance(e.data, WanData):
             self._from_wan(e.data)
         else:
-            self.world = open_world(e.data, e.seed, device)
+            self.world = self._small_world(e.data)
             if self.stage_name == "teacher":
                 self._fresh()
             else:
@@ -87,6 +87,9 @@ class Setup:
         tokens = height // p * (width // q)
         if tokens % shape.cp:
             raise UserError(f"cp={shape.cp} does not divide the {tokens} tokens of a latent frame")
+
+    def _small_world(self, data: SpritesData | LatentData) -> World:
+        return open_world(data, self.experiment.seed, self.device)
 
     def _fresh(self) -> None:
         e = self.experiment
