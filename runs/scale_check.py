@@ -10,8 +10,8 @@
 beside what the dry run says. `two`: losses, gradient norms and weight changes of the same global
 batch on one GPU, dp=2 and cp=2, then a checkpoint saved by two and loaded by one. Each stage's
 result is printed as soon as it is there, and added to the JSON of --out; a stage that fails, for
-want of memory for example, says so, and one process then tries the next stage. --tiny runs on a CPU, to see that the script itself
-works. Needs torch, numpy, safetensors, pillow and pyyaml only.
+want of memory for example, says so, and one process then tries the next stage. --tiny runs on a
+CPU, to see that the script itself works. Needs torch, numpy, safetensors, pillow and pyyaml only.
 """
 
 from __future__ import annotations
@@ -298,9 +298,11 @@ def reload(
         lambda wanted: checkpoint.load(folder, wanted),
     )  # fmt: skip
     loaded = again.tensors()
-    # A list: all processes must take part in putting each tensor together, whatever they find.
-    same = all([torch.equal(whole(v).to(loaded[n].device), loaded[n]) for n, v in tensors.items()])
-    same = not here.any(not same) and loaded.keys() == tensors.keys()
+    # All processes take part in putting every tensor together, whatever they have found before.
+    apart = [
+        n for n, v in tensors.items() if not torch.equal(whole(v).to(loaded[n].device), loaded[n])
+    ]
+    same = not here.any(bool(apart)) and loaded.keys() == tensors.keys()
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / GIB
     here.barrier()
     if here.main:
@@ -410,12 +412,12 @@ def main() -> int:
     parser.add_argument("--moments-on-cpu", action="store_true")
     parser.add_argument("--cudnn", action="store_true", help="cuDNN's attention")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--patience", type=float, default=4, help="minutes to wait for a process")
+    parser.add_argument("--patience", type=float, default=8, help="minutes to wait for a process")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = mesh.local_device("cpu" if args.tiny else "cuda")
-    # One that waits for another is ended well before the time that such a check is given.
+    # One that waits for another in vain is ended before the ten minutes that a check may have.
     where = mesh.start(args.mesh, device, timedelta(minutes=args.patience))
     if args.what == "two" and where.size != 2:
         raise SystemExit("start it with torchrun --nproc-per-node 2")
