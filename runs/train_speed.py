@@ -351,8 +351,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in chosen:
             try:
                 results[name] = measure(e, VARIANTS[name], args.updates, args.warm_up)
-            except torch.OutOfMemoryError as error:
-                print(f"{name}: out of memory: {str(error).splitlines()[0]}", flush=True)
+            except UserError:
+                raise
+            except Exception as error:  # out of memory, a compiler that fails: the rest is told
+                said = (str(error).splitlines() or [""])[0]
+                print(f"{name}: {type(error).__name__}: {said}", flush=True)
                 continue
             finally:
                 plain_blocks()

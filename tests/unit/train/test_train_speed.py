@@ -137,6 +137,20 @@ class _Nothing:
         self.processes = processes
 
 
+def test_a_variant_that_fails_does_not_take_the_others_along(
+    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def broken() -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(program, "compile_blocks", broken)
+    variants = ["--variants", "compiled", "fused"]
+    found = run(program, tmp_path / "speed.json", "evidence-tiny-ode", *variants)
+    assert list(found["variants"]) == ["fused"]
+    assert "compiled: RuntimeError: no compiler\n" in capsys.readouterr().out
+
+
 def test_it_needs_no_more_than_it_says(tmp_path: Path) -> None:
     """Not what records doom, writes videos, reads other formats or draws on a terminal."""
     code = (
