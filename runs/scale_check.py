@@ -3,14 +3,15 @@
     python runs/scale_check.py one                                   # 1.3B, stages I to III
     torchrun --nproc-per-node 2 runs/scale_check.py two              # cp=2 and dp=2 against one
     torchrun --nproc-per-node 2 runs/scale_check.py one --mesh cp=2  # time and memory of two
-    torchrun --nproc-per-node 2 runs/scale_check.py one --stages aad --critic 14b --mesh cp=2
+    torchrun --nproc-per-node 2 runs/scale_check.py one --stages aad --critic 14b --mesh cp=2 \\
+        --graph single --average-on-cpu --moments-on-cpu --block-by-block --updates 1
 
 `one`: micro-steps of each stage on 21 latent frames at 832x480: seconds by phase, peak memory
 beside what the dry run says. `two`: losses, gradient norms and weight changes of the same global
 batch on one GPU, dp=2 and cp=2, then a checkpoint saved by two and loaded by one. Each stage's
-result is printed as soon as it is there, and added to the JSON of --out; a stage that runs out of
-memory says so, and the next one is tried. --tiny runs on a CPU, to see that the script itself
-works. Needs torch, numpy, safetensors, pillow and pyyaml only.
+result is printed as soon as it is there, and added to the JSON of --out; a stage that fails, for
+want of memory for example, says so, and one process then tries the next stage. --tiny runs on a
+CPU, to see that the script itself works. Needs torch, numpy, safetensors, pillow and pyyaml only.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import argparse
 import gc
 import json
 import os
+import shutil
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +58,20 @@ GIB = 2**30
 
 
 class Noise:
-    """Clips of noise, one seed each."""
+    """Clips of noise, one seed each; read ahead as clips on a disk are."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
 
     def batch(self, position: int, count: int) -> Batch:
+        return self.read(position, count).to(self.device)
+
+    def read(self, position: int, count: int) -> Batch:
         rows = []
         for n in range(position, position + count):
             generator = torch.Generator().manual_seed(n)
             rows.append(torch.randn((2, *self.shape), generator=generator))
-        states = torch.stack(rows).to(self.device)
+        states = torch.stack(rows)
         return Batch(states[:, -1], [["a prompt"]] * count, states)
 
 
@@ -123,6 +131,7 @@ def make(e: Experiment, student: WanConfig, critic: WanConfig, where: mesh.Proce
         stage, Noise((16, *size), device), modules, ("generator",), e.optim, seed=0, device=device,
         bf16=device.type == "cuda", processes=where, keep_gathered=e.keep_gathered,
         average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
+        cudnn_attention=e.cudnn_attention,
     )  # fmt: skip
     if e.checkpoint_blocks:
         for module in modules.values():
@@ -196,6 +205,7 @@ def measure(
         if where.main:
             said = " ".join(f"{k} {float(v):.4g}" for k, v in logs.items())
             print(f"{e.name} {update}: {said} ({time.perf_counter() - began:.1f} s)", flush=True)
+    t.reader.close()
     line: dict[str, Any] = {
         "stage": e.name,
         "median seconds": {n: round(sorted(v)[len(v) // 2], 3) for n, v in report.items()},
@@ -237,6 +247,7 @@ def compare(
         began = time.perf_counter()
         logs = [{k: float(v) for k, v in (t.step() or {}).items()} for _ in range(args.updates)]
         seconds = time.perf_counter() - began
+        t.reader.close()
         tensors = t.tensors()
         weights = t.modules["generator"].named_parameters()
         moved = torch.cat([whole(p.detach() - start[n]).flatten().cpu() for n, p in weights])
@@ -245,7 +256,8 @@ def compare(
             fresh = make(e, student, critic, mesh.Processes(), device, rows, size)
             yield reload(t, tensors, here, fresh)
             del fresh
-        del t, tensors
+        del t, tensors, weights
+        free(device)
     want, wanted_move, alone = found["alone"]
     for layout in ("dp=2", "cp=2"):
         logs, moved, seconds = found[layout]
@@ -275,8 +287,9 @@ def reload(
     t: Trainer, tensors: dict[str, torch.Tensor], here: mesh.Processes, again: Trainer
 ) -> dict[str, Any]:
     """Saved by two, loaded by each process for itself."""
-    folders = here.gather(tempfile.mkdtemp(prefix="scale-check-"))
-    folder = checkpoint.step_folder(Path(folders[0]), t.update)
+    made = tempfile.mkdtemp(prefix="scale-check-") if here.main else ""
+    run = Path(here.gather(made)[0])
+    folder = checkpoint.step_folder(run, t.update)
     began = time.perf_counter()
     checkpoint.save(folder, tensors, {"counters": t.counters()}, here)
     seconds = time.perf_counter() - began
@@ -285,8 +298,15 @@ def reload(
         lambda wanted: checkpoint.load(folder, wanted),
     )  # fmt: skip
     loaded = again.tensors()
-    same = all(torch.equal(whole(v).to(loaded[n].device), loaded[n]) for n, v in tensors.items())
+    # All processes take part in putting every tensor together, whatever they have found before.
+    apart = [
+        n for n, v in tensors.items() if not torch.equal(whole(v).to(loaded[n].device), loaded[n])
+    ]
+    same = not here.any(bool(apart)) and loaded.keys() == tensors.keys()
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / GIB
+    here.barrier()
+    if here.main:
+        shutil.rmtree(run)
     line = {"saved by 2, loaded by 1": "equal" if same else "NOT EQUAL"}
     return line | {"GiB": round(size, 2), "seconds to save": round(seconds, 2)}
 
@@ -300,7 +320,7 @@ def settings(args: argparse.Namespace, name: str, micro_steps: int) -> Any:
     e = replace(
         e, monitor=replace(e.monitor, early_stop=False), keep_gathered=not args.block_by_block,
         gather_bf16=args.gather_bf16, average_on_cpu=args.average_on_cpu,
-        moments_on_cpu=args.moments_on_cpu,
+        moments_on_cpu=args.moments_on_cpu, cudnn_attention=args.cudnn,
         optim=replace(e.optim, batch=1, accumulate=micro_steps, lr=1e-5),
     )  # fmt: skip
     e = replace(e, data=replace(e.data, frames=args.frames))
@@ -338,27 +358,42 @@ class Report:
             self.path.write_text(json.dumps(self.lines, indent=1) + "\n")
 
 
-def attempt(check: Check, report: Report, args: argparse.Namespace, name: str,
-            where: mesh.Processes, device: torch.device) -> None:  # fmt: skip
-    """One stage's check; out of memory is a result too. (Where one of several processes alone runs
-    out, the others wait for it until their time limit.)"""
-    problem = {}
-    try:
-        for line in check(args, name, where, device):
-            report.add(line)
-    except torch.OutOfMemoryError as error:
-        most = torch.cuda.max_memory_allocated() / GIB
-        problem = {"stage": name, "out of memory": str(error).splitlines()[0],
-                   "GiB at most": round(most, 2)}  # fmt: skip
-    # Only now is the exception gone, and with it the frames that hold the networks.
+def free(device: torch.device) -> None:
+    """Give back what is not needed any more: FSDP's networks hold themselves in circles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def attempt(check: Check, report: Report, args: argparse.Namespace, name: str,
+            where: mesh.Processes, device: torch.device) -> bool:  # fmt: skip
+    """One stage's check, and whether it went to its end; what went wrong is a result too.
+
+    Of several processes the others may be waiting for one that failed: so it ends there, and
+    torchrun ends them. One process by itself goes on with the next stage.
+    """
+    problem: dict[str, Any] = {}
+    try:
+        for line in check(args, name, where, device):
+            report.add(line)
+    except Exception as error:
+        traceback.print_exc()
+        out = isinstance(error, torch.OutOfMemoryError)
+        what = "out of memory" if out else type(error).__name__
+        problem = {"stage": name, what: (str(error).splitlines() or [""])[0]}
+        if device.type == "cuda":
+            problem["GiB at most"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+    # Only now is the exception gone, and with it the frames that hold the networks.
+    free(device)
     if problem:
         report.add(problem)
+        if where.size > 1:
+            sys.stderr.flush()
+            os._exit(1)
+    return not problem
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -375,23 +410,27 @@ def main() -> None:
     parser.add_argument("--gather-bf16", action="store_true")
     parser.add_argument("--average-on-cpu", action="store_true")
     parser.add_argument("--moments-on-cpu", action="store_true")
+    parser.add_argument("--cudnn", action="store_true", help="cuDNN's attention")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--patience", type=float, default=8, help="minutes to wait for a process")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = mesh.local_device("cpu" if args.tiny else "cuda")
-    where = mesh.start(args.mesh, device)
+    # One that waits for another in vain is ended before the ten minutes that a check may have.
+    where = mesh.start(args.mesh, device, timedelta(minutes=args.patience))
     if args.what == "two" and where.size != 2:
         raise SystemExit("start it with torchrun --nproc-per-node 2")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     told = {"torch": torch.__version__, "processes": where.size, "device": gpu}
     report = Report(args.out if where.main else None, where.main)
     report.add(told | {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
-    for name in args.stages:
-        attempt({"one": measure, "two": compare}[args.what], report, args, name, where, device)
+    check: Check = {"one": measure, "two": compare}[args.what]
+    good = [attempt(check, report, args, name, where, device) for name in args.stages]
     if dist.is_initialized():
         mesh.leave()
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,20 +9,22 @@
 A shard holds one tensor whose first dimension counts clips - `video` (uint8 [N, T, H, W, 3]),
 `latents` (float16 [N, C, F, h, w]) or `states` (float16 [N, levels + 1, C, F, h, w], a teacher's
 trajectories from noise to the clean clip) - and, in the safetensors metadata, the captions as JSON:
-one list per clip with one caption per chunk, the last one holding for all chunks after it. Reading
-is lazy: a clip is sliced out of the memory map, so a folder may be far larger than memory.
+one list per clip with one caption per chunk, the last one holding for all chunks after it. A clip
+is read when it is asked for, so a folder may be far larger than memory.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aad1.atomic import replace_file
+from aad1.data.shard_file import ShardFile
 from aad1.errors import UserError
 
 # torch takes seconds to import and the recording workers, which only write shards, do not need it.
@@ -141,8 +143,7 @@ class ClipShards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.tensor: str = self.manifest["tensor"]
-        self._paths: list[Path] = []
-        self._files: list[Any] = []
+        self._files: list[ShardFile] = []
         self._starts: list[int] = [0]
         self._captions: list[list[str]] = []
         shape: list[int] | None = None
@@ -151,8 +152,11 @@ class ClipShards:
             file, captions, found = self._open(path, int(entry["clips"]))
             if shape is not None and found != shape:
                 raise UserError(f"{path} holds clips of shape {found}, others of {shape}")
+            if self._files and file.dtype != self._files[0].dtype:
+                raise UserError(
+                    f"{path} holds numbers of {file.dtype}, others of {self._files[0].dtype}"
+                )
             shape = found
-            self._paths.append(path)
             self._files.append(file)
             self._starts.append(self._starts[-1] + len(captions))
             self._captions.extend(captions)
@@ -160,25 +164,24 @@ class ClipShards:
             raise UserError(f"{self.folder / MANIFEST} lists no shards")
         self.clip_shape: tuple[int, ...] = tuple(shape)
 
-    def _open(self, path: Path, clips: int) -> tuple[Any, list[list[str]], list[int]]:
-        from safetensors import SafetensorError, safe_open
+    def _open(self, path: Path, clips: int) -> tuple[ShardFile, list[list[str]], list[int]]:
+        from safetensors import SafetensorError
 
         try:
-            file: Any = safe_open(path, framework="pt")
-            shape = list(file.get_slice(self.tensor).get_shape())
-            captions = json.loads((file.metadata() or {})["captions"])
+            file = ShardFile(path, self.tensor)
+            captions = json.loads(file.metadata["captions"])
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing") from None
         except KeyError:
             raise UserError(f"shard {path} has no captions") from None
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"shard {path} is cut short or not readable: {error}") from None
-        if shape[0] != clips or len(captions) != clips:
+        if file.shape[0] != clips or len(captions) != clips:
             raise UserError(
-                f"shard {path} holds {shape[0]} clips and {len(captions)} captions, "
+                f"shard {path} holds {file.shape[0]} clips and {len(captions)} captions, "
                 f"its manifest says {clips}"
             )
-        return file, captions, shape[1:]
+        return file, captions, file.shape[1:]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -199,22 +202,25 @@ class ClipShards:
 
         UserError names the shard that could not be read.
         """
-        import torch
-        from safetensors import SafetensorError
-
-        out: torch.Tensor | None = None
+        if not len(indices):
+            raise ValueError("no indices given")
+        out = self._empty(len(indices))
         for row, index in enumerate(indices):
             shard, offset = self._locate(int(index))
-            try:
-                part: torch.Tensor = self._files[shard].get_slice(self.tensor)[offset : offset + 1]
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"clip {index} in {self._paths[shard]}: {error}") from None
-            if out is None:
-                out = torch.empty((len(indices), *part.shape[1:]), dtype=part.dtype)
-            out[row] = part[0]
-        if out is None:
-            raise ValueError("no indices given")
+            self._read(shard, out[row : row + 1], offset, f"clip {index}")
         return out
+
+    def _empty(self, count: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty((count, *self.clip_shape), dtype=self._files[0].dtype)
+
+    def _read(self, shard: int, rows: torch.Tensor, first: int, what: str) -> None:
+        file = self._files[shard]
+        try:
+            file.read(rows, first)
+        except OSError as error:
+            raise UserError(f"{what} in {file.path}: {error}") from None
 
     def batch(self, indices: Sequence[int]) -> Clips:
         """The video clips of these indices.
@@ -235,10 +241,10 @@ class ClipShards:
 
     def read_tensors(self) -> torch.Tensor:
         """The stored tensor of all clips, [len(self), ...]."""
-        import torch
-
-        parts = [file.get_slice(self.tensor)[:] for file in self._files]
-        return torch.cat(parts)
+        out = self._empty(len(self))
+        for shard, (first, stop) in enumerate(pairwise(self._starts)):
+            self._read(shard, out[first:stop], 0, "clips")
+        return out
 
     def read_all(self) -> Clips:
         """All video clips, in memory."""

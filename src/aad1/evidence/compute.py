@@ -7,7 +7,7 @@ from dataclasses import replace
 from aad1.stages.joint import JointConfig
 from aad1.train.config import Experiment, SpritesData
 from aad1.train.costs import Clip
-from aad1.train.plan import operations
+from aad1.train.work import work_by_phase
 
 
 def work(e: Experiment) -> tuple[float, float]:
@@ -22,7 +22,7 @@ def work(e: Experiment) -> tuple[float, float]:
     _, p, q = model.patch_size
     side = e.data.world.size // e.data.stride
     clip = Clip(e.data.world.frames, (side // p) * (side // q), e.text_length)
-    generator, critic = operations(e, model, model, clip)
+    generator, critic = (sum(of.values()) for of in work_by_phase(e, model, model, clip))
     micro = e.optim.batch * e.optim.accumulate
     matching = e.stage.score if isinstance(e.stage, JointConfig) else e.stage
     steps = getattr(matching, "critic_updates", 0)

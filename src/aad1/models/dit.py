@@ -126,6 +126,12 @@ class ConditionEmbedder(nn.Module):
         return self.text_embedder(text)  # type: ignore[no-any-return]
 
 
+def _rms(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """The norm in its weight's precision, rounded once at the end, as torch does it: but torch
+    takes its fused kernel only if both are of one type, which under autocast they are not."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normalised q and k over the full width (Wan's qk-norm)."""
 
@@ -146,11 +152,10 @@ class Attention(nn.Module):
     def key_value(self, x: torch.Tensor) -> KV:
         """K (normalised, not rotated) and V, each [..., N, D / N]."""
         v = self.to_v(x)
-        return self.split(self.norm_k(self.to_k(x)).to(v.dtype)), self.split(v)
+        return self.split(_rms(self.norm_k, self.to_k(x))), self.split(v)
 
     def query(self, x: torch.Tensor) -> torch.Tensor:
-        q = self.to_q(x)
-        return self.split(self.norm_q(q).to(q.dtype))
+        return self.split(_rms(self.norm_q, self.to_q(x)))
 
     def out(self, x_BLND: torch.Tensor) -> torch.Tensor:
         return self.to_out[0](x_BLND.flatten(-2))  # type: ignore[no-any-return]

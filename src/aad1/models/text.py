@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from aad1.core.transfer import upload
 from aad1.errors import UserError
 from aad1.models.weights import load_strict, read_json, read_tensors, write_json, write_tensors
 
@@ -120,7 +121,7 @@ class WordEncoder(nn.Module):
             raise TypeError("prompts must be a list of strings, got one string")
         rows = [self._rows(prompt) for prompt in prompts]
         ids_BL = torch.tensor(rows, dtype=torch.long).view(len(rows), self.length)
-        ids_BL = ids_BL.to(self.positions.device, non_blocking=True)
+        ids_BL = upload(ids_BL, self.positions.device)
         known_BL1 = (ids_BL >= 0).unsqueeze(-1)
         context_BLD = self.words(ids_BL.clamp(min=0)) + self.positions
         # where, unlike a product, keeps padding at zero even beside a weight that is not finite

@@ -22,6 +22,7 @@ import torch
 from aad1.core.chunks import ChunkGeometry, Plan, cached, parallel_chunks, without_unseen
 from aad1.core.flow import add_noise, x0_from_velocity
 from aad1.core.kv_cache import KV, KVCache, frames_of
+from aad1.core.transfer import upload
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 
@@ -168,10 +169,7 @@ def seeded_noise(
             key = hashlib.blake2b(f"{seed}/{chunk}/{step}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
             parts.append(torch.randn(size, generator=generator))
-        drawn = torch.stack(parts)
-        if device.type == "cuda":  # from pinned memory the host need not wait for the device
-            return drawn.pin_memory().to(device, dtype, non_blocking=True)
-        return drawn.to(device, dtype)
+        return upload(torch.stack(parts), device, dtype)
 
     return draw
 

@@ -185,7 +185,20 @@ class Adversarial:
         skip = self._skip(frames, rng)
         seen = self._frames(frames, skip)
         text, real_x = whole_text[:, seen], batch.latents[:, :, seen]
-        x = recorded.x0[:, :, seen].detach().requires_grad_()
+        x = recorded.x0[:, :, seen]
+        loss, fake, dx = self.direction(x, real_x, text, step, rng)
+        out = replay(self.rollout, recorded, whole_text, skip, seen.stop)
+        surrogate = (out * dx[:, :, first:]).sum()
+        # Worth the loss, with the gradient of the surrogate: logs show what is minimised.
+        total = loss + surrogate - surrogate.detach()
+        return total, {"loss": loss, "fake_logit": fake.mean()}
+
+    def direction(
+        self, x: torch.Tensor, real_x: torch.Tensor, text: torch.Tensor, step: int, rng: Rng
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The generator's loss on a clip x [B, C, F, H, W] that it left at `step`, the clip's
+        logits, and the loss's gradient in x; none of them with a graph."""
+        x = x.detach().requires_grad_()
         tau = self._tau(len(x), step, x, rng)
         noise = randn(x.shape, x, rng)
         # The discriminator is differentiable to its input here, its weights are not asked for.
@@ -197,11 +210,7 @@ class Adversarial:
         else:
             loss = generator_adversarial_loss(fake)
         (dx,) = torch.autograd.grad(loss, x)
-        out = replay(self.rollout, recorded, whole_text, skip, seen.stop)
-        surrogate = (out * dx[:, :, first:]).sum()
-        # Worth the loss, with the gradient of the surrogate: logs show what is minimised.
-        total = loss.detach() + surrogate - surrogate.detach()
-        return total, {"loss": loss.detach(), "fake_logit": fake.detach().mean()}
+        return loss.detach(), fake.detach(), dx
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         """The discriminator's loss as one graph of all passes."""

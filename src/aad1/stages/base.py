@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from aad1.core.chunks import ChunkGeometry
+from aad1.core.transfer import upload
 from aad1.rollout.stream import Noise, Recorded, Rollout, RolloutFn, record
 
 Logs = dict[str, torch.Tensor]
@@ -69,7 +70,7 @@ class Conditioner:
                 for clip in captions
             ]
         )
-        return rows[index.to(rows.device)]
+        return rows[upload(index, rows.device)]
 
     def null(self, like: torch.Tensor) -> torch.Tensor:
         """The empty prompt in the shape of `like`: zero rows, as padding is."""
@@ -166,7 +167,7 @@ def randn(shape: Sequence[int], like: torch.Tensor, rng: Rng, dim: int = 0) -> t
         return torch.randn(tuple(shape), generator=rng, device=like.device, dtype=like.dtype)
     rest = [*shape[:dim], *shape[dim + 1 :]]
     parts = [torch.randn(rest, generator=g, device=g.device) for g in _of(rng, shape[dim])]
-    return torch.stack(parts, dim).to(like.device, like.dtype)
+    return upload(torch.stack(parts, dim), like.device, like.dtype)
 
 
 def uniform(n: int, like: torch.Tensor, rng: Rng) -> torch.Tensor:
@@ -174,7 +175,7 @@ def uniform(n: int, like: torch.Tensor, rng: Rng) -> torch.Tensor:
     if isinstance(rng, torch.Generator):
         return torch.rand(n, generator=rng, device=like.device)
     drawn = [torch.rand((), generator=g, device=g.device) for g in _of(rng, n)]
-    return torch.stack(drawn).to(like.device)
+    return upload(torch.stack(drawn), like.device)
 
 
 def integers(top: int, shape: tuple[int, int], like: torch.Tensor, rng: Rng) -> torch.Tensor:
@@ -184,7 +185,7 @@ def integers(top: int, shape: tuple[int, int], like: torch.Tensor, rng: Rng) -> 
     parts = [
         torch.randint(top, shape[1:], generator=g, device=g.device) for g in _of(rng, shape[0])
     ]
-    return torch.stack(parts).to(like.device)
+    return upload(torch.stack(parts), like.device)
 
 
 def choose(top: int, rng: Rng) -> int:

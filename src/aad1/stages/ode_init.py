@@ -25,6 +25,7 @@ from torch import nn
 
 from aad1.core.chunks import ChunkGeometry, block_causal, parallel_chunks
 from aad1.core.flow import x0_from_velocity
+from aad1.core.transfer import upload
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 from aad1.stages.base import Batch, Conditioner, Loss, Rng, integers
@@ -93,8 +94,10 @@ class OdeInit:
         chunks = self.geometry.chunks(states.shape[3])
         index = integers(len(self.sigmas) + int(clean), (len(states), chunks), states, rng)
         index[:, 0] = len(self.sigmas)
-        sizes = torch.tensor([self.geometry.size(i) for i in range(chunks)], device=index.device)
-        return index.repeat_interleave(sizes, dim=1)
+        sizes = torch.tensor([self.geometry.size(i) for i in range(chunks)])
+        sizes = upload(sizes, index.device)
+        # Told how long the result is, it need not ask the device.
+        return index.repeat_interleave(sizes, dim=1, output_size=states.shape[3])
 
     def _select(
         self, states: torch.Tensor, index: torch.Tensor
@@ -102,7 +105,7 @@ class OdeInit:
         """The chosen state of every frame [B, C, F, H, W] and its sigma [B, F]."""
         b, _, c, f, h, w = states.shape
         gather = index.view(b, 1, 1, f, 1, 1).expand(b, 1, c, f, h, w)
-        table = torch.tensor([*self.sigmas, 0.0], device=states.device)
+        table = upload(torch.tensor([*self.sigmas, 0.0]), states.device)
         return states.gather(1, gather)[:, 0], table[index]
 
     def _diffusion_forcing(

@@ -24,7 +24,7 @@ class Averages:
     def __init__(
         self, modules: Mapping[str, nn.Module], decay: float, *, on_cpu: bool = False
     ) -> None:
-        self.modules, self.decay = dict(modules), decay
+        self.modules, self.decay, self.on_cpu = dict(modules), decay, on_cpu
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         for role, module in self.modules.items():
             own = self.tensors[role] = {}
@@ -43,13 +43,16 @@ class Averages:
     def update(self) -> None:
         """Take the present weights in."""
         part: list[tuple[torch.Tensor, torch.Tensor]] = []
+        size = 0
         for pair in self._pairs():
             part.append(pair)
-            if sum(w.numel() for _, w in part) >= AT_ONCE:
+            size += pair[1].numel()
+            if size >= AT_ONCE:
                 self._take_in(part)
-                part = []
+                part, size = [], 0
         self._take_in(part)
-        synchronise()
+        if self.on_cpu:
+            synchronise()
 
     def _take_in(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if pairs:

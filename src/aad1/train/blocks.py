@@ -1,4 +1,5 @@
-"""Transformer blocks run otherwise than they are written: again in the backward pass, compiled."""
+"""Transformer blocks run otherwise than they are written: again in the backward pass, compiled,
+with another library's attention."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from aad1.models.dit import Block
@@ -73,3 +75,22 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         Block.forward = current  # type: ignore[method-assign]
+
+
+@contextmanager
+def attention_by(*, cudnn: bool) -> Iterator[None]:
+    """Within, forward passes (and what of them runs again in a backward pass) take cuDNN's
+    attention where it can be had, if asked for; else what torch prefers."""
+    if not cudnn:
+        yield
+        return
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        yield
+
+
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]

@@ -178,6 +178,8 @@ class Experiment:
     """auto (bf16 on CUDA, else fp32), fp32 or bf16: what autocast computes in."""
     compile: bool = False
     """Compile the transformer blocks (pays on long CUDA runs)."""
+    cudnn_attention: bool = False
+    """CUDA: take cuDNN's attention rather than the one that torch prefers, where it can be had."""
     checkpoint_blocks: bool = False
     """Keep only each block's input for the backward pass and run the block again there: memory of
     one block rather than all, for a third more work."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -71,16 +71,18 @@ def only_run(folder: Path) -> Iterator[None]:
 FREE = {
     "name", "out", "mesh", "device", "compile", "checkpoint_blocks", "log_every", "sample_every",
     "checkpoint_every", "max_minutes", "max_skipped", "accept_changes", "optim.updates",
-    "stage.graph", "prefetch", "gather_bf16", "average_on_cpu", "moments_on_cpu",
+    "stage.graph", "prefetch", "gather_bf16", "average_on_cpu", "moments_on_cpu", "cudnn_attention",
     "teacher", "init",  # known by their weights, not by where they lie
 }  # fmt: skip
 """Settings that may be others when a run continues: they change no number, or how long it runs."""
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs as plain data, `field: old -> new`, but for `FREE`."""
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = FREE
+) -> list[str]:
+    """What differs between two configs as plain data, `field: old -> new`, but for `free`."""
     old, new = _flat(before), _flat(now)
-    names = [n for n in dict.fromkeys([*old, *new]) if n not in FREE]
+    names = [n for n in dict.fromkeys([*old, *new]) if n not in free]
     return [
         f"{n}: {old.get(n, 'absent')} -> {new.get(n, 'absent')}"
         for n in names

@@ -29,6 +29,7 @@ from aad1.parallel.shard import (
 from aad1.stages.base import Batch, InParts, Logs, Loss, SampleNoise, Stage
 from aad1.train.adam import AdamW
 from aad1.train.averages import Averages
+from aad1.train.blocks import attention_by
 from aad1.train.config import OptimConfig
 from aad1.train.muon import Muon
 from aad1.train.reader import Reader
@@ -46,8 +47,8 @@ class Trainer:
     processes here. averaged: roles of which an exponential moving average is kept (`averages`),
     which is what gets shipped. max_skipped: steps in a row that may be left out because a number in
     them is not finite. keep_gathered: hold the generator's weights whole for the length of a step.
-    average_on_cpu, moments_on_cpu, prefetch: see the config's fields. Whoever makes a trainer
-    closes its `reader`.
+    average_on_cpu, moments_on_cpu, prefetch, cudnn_attention: see the config's fields.
+    Whoever makes a trainer closes its `reader`.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class Trainer:
         moments_on_cpu: bool = False,
         device_noise: bool = False,
         prefetch: int = 2,
+        cudnn_attention: bool = False,
     ) -> None:
         self.stage, self.source, self.config = stage, source, config
         self.reader = Reader(source, device, prefetch)
         self.modules, self.seed, self.device, self.bf16 = dict(modules), seed, device, bf16
         self.critic_warmup, self.max_skipped = critic_warmup, max_skipped
         self.processes = processes or Processes()
-        self.keep_gathered = keep_gathered
+        self.keep_gathered, self.cudnn_attention = keep_gathered, cudnn_attention
         self.noise_device = device if device_noise else torch.device("cpu")
         self.samples, self.micro = share(
             config.batch * config.accumulate, config.batch, self.processes.shape.dp
@@ -188,7 +190,8 @@ class Trainer:
                 last = done + self.micro == self.samples
                 reduce_over_replicas(self.modules.values(), last)
                 batch = self.reader.batch(start + done, self.micro, self._following(start, done))
-                seen.append(self._micro(role, index, batch, offset + done))
+                with attention_by(cudnn=self.cudnn_attention):
+                    seen.append(self._micro(role, index, batch, offset + done))
         reshard(self.modules.values())
         total = self._means(seen)
         limit = c.critic_clip if role == "critic" else c.clip
@@ -224,8 +227,12 @@ class Trainer:
                 part = next(parts, None)
             if part is None:
                 return logs
-            (part[0] * (self.micro / self.samples)).backward()
+            self._backward(part[0])
             logs |= part[1]
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's share of the update's gradients."""
+        (loss * (self.micro / self.samples)).backward()  # type: ignore[no-untyped-call]
 
     def _losses(self, role: str, batch: Batch, noise: SampleNoise) -> Iterator[Loss]:
         """Losses to back-propagate one after the other; usually there is one."""

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from aad1.core.chunks import Plan as AttentionPlan
-from aad1.core.chunks import bidirectional, block_causal, parallel_chunks
+from aad1.core.chunks import bidirectional, block_causal
 from aad1.errors import UserError
 from aad1.models.checkpoints import find_parts
 from aad1.models.discriminator import Discriminator
@@ -28,13 +28,13 @@ from aad1.models.weights import read_json, read_transformer_config
 from aad1.parallel.mesh import MeshShape, check_heads, share
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
-from aad1.stages.joint import JointConfig
 from aad1.stages.ode_init import OdeInitConfig
 from aad1.train import costs
 from aad1.train.config import Experiment, WanData
 from aad1.train.costs import Clip
 from aad1.train.record import to_plain
 from aad1.train.wan_base import VideoSize
+from aad1.train.work import work_by_phase
 
 GIB = 2**30
 MOST_CONTEXT = 8
@@ -126,7 +126,7 @@ def plan(e: Experiment, cluster: Cluster, teacher: WanConfig | None = None) -> P
             named["teacher"] = teacher.num_attention_heads
         check_heads(shape.cp, named)
         share(e.optim.batch * e.optim.accumulate, e.optim.batch, shape.dp)
-    generator, critic = operations(e, student, teacher, clip)
+    generator, critic = (sum(of.values()) for of in work_by_phase(e, student, teacher, clip))
     micro = e.optim.batch * e.optim.accumulate
     updates = getattr(e.stage, "critic_updates", 0)
     return Plan(
@@ -231,54 +231,6 @@ def _copies(
         if config is student and e.keep_gathered:
             kept = 4 * outside + size * (trained[0].parameters - outside)
     return most + (kept if e.keep_gathered else 0)
-
-
-def operations(
-    e: Experiment, student: WanConfig, teacher: WanConfig, clip: Clip
-) -> tuple[float, float]:
-    """Operations per clip of one generator update and of one critic update (stages I to III)."""
-    geometry, again = e.geometry, e.checkpoint_blocks
-    if isinstance(e.stage, OdeInitConfig):
-        frames = clip.frames
-        causal = block_causal(geometry, frames)
-        apart = geometry.single_pass and len(e.sigmas) > 1  # context and chunks in two passes
-        if e.stage.context == "teacher_forcing" or apart:
-            levels = frames if apart else 1
-            context = costs.cache_pass(student, clip, causal, prompts=frames, levels=levels)
-            noisy = parallel_chunks(geometry, frames, frames, 1)
-            rest = costs.transformer(
-                student, clip, noisy, prompts=frames - geometry.first,
-                levels=frames - geometry.first,
-            )  # fmt: skip
-            return (context + rest).training(again), 0.0
-        whole = costs.transformer(student, clip, causal, prompts=frames, levels=frames)
-        return whole.training(again), 0.0
-    # The exit step is drawn evenly, so on average half of the further steps are run.
-    steps = (len(e.sigmas) + 1) / 2
-    rollout = costs.rollout(student, clip, geometry, steps).forward
-    replay = costs.replay(student, clip, geometry).training(again)
-    if isinstance(e.stage, DmdConfig | JointConfig):
-        matching = e.stage.score if isinstance(e.stage, JointConfig) else e.stage
-        score = costs.transformer(
-            teacher, clip, bidirectional(clip.frames), prompts=clip.frames
-        )  # fmt: skip
-        passes = 2 + (matching.guidance_scale != 1)
-        generator = rollout + passes * score.forward + replay
-        critic = rollout + score.training(again)
-        if isinstance(e.stage, JointConfig):  # its heads read the fake score's own network
-            judge = costs.discriminator(teacher, clip, geometry, e.discriminator)
-            generator += judge.to_input(again)
-            punished = bool(e.stage.r1_weight or e.stage.r2_weight)
-            critic += (4 if punished else 2) * judge.training(again)
-        return generator, critic
-    assert isinstance(e.stage, AdversarialConfig)
-    backbone = student if e.discriminator.causal else teacher
-    judge = costs.discriminator(backbone, clip, geometry, e.discriminator)
-    relative = judge.forward * (e.stage.loss == "relativistic")
-    groups, ahead = e.stage.settled(again).turns()
-    passes = sum(map(len, groups))
-    generator = rollout + judge.to_input(again) + relative + replay
-    return generator, rollout + passes * judge.training(again) + len(ahead) * judge.forward
 
 
 def _activations(

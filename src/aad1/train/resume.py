@@ -74,9 +74,10 @@ class Checkpoints:
         """UserError if a checkpoint is another run's, or its settings changed without a flag."""
         for name, value in self._identity().items():
             if meta.get(name) != value:
+                found = "; ".join(changes({name: meta.get(name)}, {name: value}, free=()))
                 raise UserError(
-                    f"{folder} was made with {name} {meta.get(name)!r}, now it is {value!r}; "
-                    f"remove {self.folder} or choose another --name"
+                    f"{folder} is another run's ({found}): remove {self.folder} or choose another "
+                    "--name"
                 )
         changed = changes(meta["config"], to_plain(self.setup.experiment))
         if changed and not self.setup.experiment.accept_changes:

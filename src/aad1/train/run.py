@@ -25,15 +25,18 @@ from aad1.train.throughput import Throughput
 
 
 class Run:
-    """A training run: `Run(experiment).train()` returns the folder of the final model."""
+    """A training run: `Run(experiment).train()` returns the folder of the final model.
 
-    def __init__(self, experiment: Experiment) -> None:
+    setup: what it works with, for programs that measure without data or weights.
+    """
+
+    def __init__(self, experiment: Experiment, setup: type[Setup] = Setup) -> None:
         self.experiment = e = experiment
         device = mesh.local_device(pick_device(e.device).type)
         self.processes = mesh.start(e.mesh, device)
         self.stop = StopFlag()
         with self.processes.together():
-            self.setup = Setup(e, self.processes, device)
+            self.setup = setup(e, self.processes, device)
         self.processes = self.setup.processes
 
     def train(self) -> Path:
@@ -51,11 +54,12 @@ class Run:
             stack.enter_context(self.stop.listening())
             kind = RunLog if main else SilentLog
             log = stack.enter_context(kind(e.folder, e.name, e.optim.updates))
-            trainer = self._trainer(log)
+            trainer = self.trainer(log)
             stack.enter_context(trainer.reader)
             return self._train(trainer, log)
 
-    def _trainer(self, log: RunLog) -> Trainer:
+    def trainer(self, log: RunLog) -> Trainer:
+        """The trainer, with new networks: to be asked for once."""
         e, setup = self.experiment, self.setup
         stage, source, modules = setup.stage(log)
         with self.processes.together():
@@ -66,7 +70,7 @@ class Run:
             bf16=setup.bf16, critic_warmup=getattr(e.stage, "critic_warmup", 0),
             processes=self.processes, max_skipped=e.max_skipped, keep_gathered=e.keep_gathered,
             average_on_cpu=e.average_on_cpu, moments_on_cpu=e.moments_on_cpu,
-            device_noise=e.device_noise, prefetch=e.prefetch,
+            device_noise=e.device_noise, prefetch=e.prefetch, cudnn_attention=e.cudnn_attention,
         )  # fmt: skip
         if e.checkpoint_blocks:
             for module in modules.values():

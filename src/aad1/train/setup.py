@@ -27,7 +27,7 @@ from aad1.stages.dmd_warmup import DmdConfig, DmdWarmup
 from aad1.stages.joint import Joint, JointConfig
 from aad1.stages.ode_init import OdeInit, OdeInitConfig
 from aad1.stages.pretrain import Pretrain, PretrainConfig
-from aad1.train.config import Experiment, WanData
+from aad1.train.config import Experiment, LatentData, SpritesData, WanData
 from aad1.train.log import RunLog
 from aad1.train.sources import ShardSource, Source, World, open_world
 from aad1.train.trajectories import trajectories
@@ -71,7 +71,7 @@ class Setup:
         if isinstance(e.data, WanData):
             self._from_wan(e.data)
         else:
-            self.world = open_world(e.data, e.seed, device)
+            self.world = self._small_world(e.data)
             if self.stage_name == "teacher":
                 self._fresh()
             else:
@@ -88,6 +88,9 @@ class Setup:
         tokens = height // p * (width // q)
         if tokens % shape.cp:
             raise UserError(f"cp={shape.cp} does not divide the {tokens} tokens of a latent frame")
+
+    def _small_world(self, data: SpritesData | LatentData) -> World:
+        return open_world(data, self.experiment.seed, self.device)
 
     def _fresh(self) -> None:
         e = self.experiment
@@ -159,7 +162,8 @@ class Setup:
         if isinstance(config, OdeInitConfig):
             ode = OdeInit(self.generator, self.conditioner, e.geometry, e.sigmas, config)
             return ode, self._trajectories(log), modules
-        source = self.world.train(getattr(config, "rollout_frames", 0))
+        with self.processes.together():  # opens files
+            source = self.world.train(getattr(config, "rollout_frames", 0))
         if isinstance(config, PretrainConfig):
             assert isinstance(self.text, WordEncoder)
             modules["text"] = self.text
@@ -203,7 +207,8 @@ class Setup:
         """Stage I's trajectories: sampled now on a small world, beforehand for Wan."""
         e = self.experiment
         if isinstance(self.world, WanWorld):
-            return self.world.trajectories(e.sigmas)
+            with self.processes.together():
+                return self.world.trajectories(e.sigmas)
         assert self.teacher is not None
         if not self.processes.main:
             self.processes.barrier()  # the first one samples them, the others read

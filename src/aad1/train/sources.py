@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from aad1.core.transfer import upload
 from aad1.data.shards import ClipShards
 from aad1.errors import UserError
 from aad1.models.codec import Codec, PixelCodec, load_codec
@@ -122,7 +123,7 @@ class ShardSource:
 
     def batch(self, position: int, count: int) -> Batch:
         index = permuted(position, count, len(self.captions), self.seed)
-        rows = self.tensor[torch.tensor(index, device=self.tensor.device)].float()
+        rows = self.tensor[upload(torch.tensor(index), self.tensor.device)].float()
         captions = [self.captions[i] for i in index]
         if self.trajectory:
             return Batch(rows[:, -1], captions, rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from aad1.core.chunks import ChunkGeometry
+from aad1.core.transfer import upload
 from aad1.data.shards import ClipShards
 from aad1.data.text_store import TextStore
 from aad1.errors import UserError
@@ -50,7 +51,7 @@ class StoredText:
         for row, prompt in zip(out, prompts, strict=True):
             rows = self._rows(prompt)
             row[: len(rows)] = rows
-        return out.to(self.device)
+        return upload(out, self.device)
 
     def read(self, captions: Iterable[Sequence[str]]) -> None:
         """Read the prompts of these clips, so that `__call__` finds them in memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from aad1.data.batch import Clips
+from aad1.data.shard_file import ShardFile
 from aad1.data.shards import (
     ClipShards,
     preview_sheet,
@@ -103,15 +105,60 @@ def test_truncated_shard_is_named(folder: Path, keep: int) -> None:
     assert read_header(path) is None
 
 
-def test_a_shard_that_cannot_be_read_later_is_named(folder: Path) -> None:
-    class Broken:
-        def get_slice(self, name: str) -> object:
+def test_a_shard_that_cannot_be_read_later_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: ShardFile, rows: torch.Tensor, first: int) -> None:
+        if self.path.name == shard_name(1):
             raise OSError(5, "Input/output error")
 
     clips = ClipShards(folder)
-    clips._files[1] = Broken()
+    monkeypatch.setattr(ShardFile, "read", broken)
     with pytest.raises(UserError, match=r"clip 3 in .*shard-00001\.safetensors: .*Input/output"):
         clips.tensors([0, 3])
+    with pytest.raises(UserError, match=r"clips in .*shard-00001\.safetensors: .*Input/output"):
+        clips.read_tensors()
+
+
+@pytest.mark.parametrize("read", ["tensors", "read_tensors"])
+def test_a_shard_that_is_cut_short_or_gone_during_a_run_is_named(folder: Path, read: str) -> None:
+    """A memory map would end the process by SIGBUS here."""
+    clips = ClipShards(folder)
+    call = (lambda: clips.tensors([4])) if read == "tensors" else clips.read_tensors
+    want = call()
+    path = folder / shard_name(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-200])
+    with pytest.raises(
+        UserError, match=rf"shard-00001\.safetensors has {len(whole) - 200} bytes, it had"
+    ):
+        call()
+    path.unlink()
+    with pytest.raises(UserError, match=r"in .*shard-00001\.safetensors: .*No such file"):
+        call()
+    path.write_bytes(whole)
+    assert torch.equal(call(), want)
+
+
+def test_a_shard_that_is_cut_short_within_a_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = ClipShards(folder)
+    real = os.stat(folder / shard_name(1))
+    monkeypatch.setattr("aad1.data.shard_file.os.fstat", lambda _: real)  # asked, then cut short
+    os.truncate(folder / shard_name(1), real.st_size - 100)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors has"):
+        clips.tensors([4])
+
+
+def test_shards_of_different_types_are_refused(folder: Path) -> None:
+    video = np.zeros((2, 5, 4, 6, 3), np.float32)
+    write_shard(folder / shard_name(1), video, _captions(3, 2))
+    with pytest.raises(UserError, match="shard-00001.* holds numbers of torch.float32, others of"):
+        ClipShards(folder)
+    write_shard(folder / shard_name(1), video.astype(np.float64), _captions(3, 2))
+    with pytest.raises(UserError, match="shard-00001.* is of type F64, not U8, F16"):
+        ClipShards(folder)
 
 
 def test_shard_of_another_length_is_named(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from aad1.core.chunks import ChunkGeometry, block_causal
 from aad1.errors import UserError
-from aad1.models.dit import MIN_SIGMA, WanConfig, WanTransformer, timestep_embedding
+from aad1.models.dit import MIN_SIGMA, WanConfig, WanTransformer, _rms, timestep_embedding
 
 TINY = WanConfig(
     num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=3, text_dim=8,
@@ -37,6 +38,27 @@ def test_the_velocity_has_the_latents_shape(patch: tuple[int, int, int]) -> None
     out = build(replace(TINY, patch_size=patch))(x, sigma, text)
     assert out.shape == x.shape
     assert out.dtype == x.dtype
+
+
+def test_qk_norms_under_autocast_are_torchs_and_take_its_kernel_for_one_type() -> None:
+    """Master weights are float32, what is normed is bfloat16: torch then takes small steps."""
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(24, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(5, 24).bfloat16()
+    found = []
+    for call in (norm, lambda x: _rms(norm, x)):
+        y = x.clone().requires_grad_()
+        norm.weight.grad = None
+        out = call(y)
+        out.backward(torch.arange(120.0).view(5, 24).bfloat16())
+        found.append((out.detach(), y.grad, norm.weight.grad))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    net = build()
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.filterwarnings("error", message="Mismatch dtype")
+        net(*inputs())
 
 
 @torch.no_grad()

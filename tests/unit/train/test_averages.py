@@ -55,3 +55,14 @@ def test_within_applied_the_network_has_the_averages_and_after_it_its_own() -> N
         assert torch.equal(p, own[name])
         assert torch.equal(mean.tensors["generator"][name], kept[name])
     assert [p.data_ptr() for p in net.parameters()] == pointers
+
+
+def test_the_device_is_waited_for_only_where_the_averages_are_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[bool] = []
+    for on_cpu in (False, True):
+        mean = Averages({"generator": network()}, 0.5, on_cpu=on_cpu)
+        monkeypatch.setattr(averages, "synchronise", lambda on_cpu=on_cpu: waits.append(on_cpu))
+        mean.update()
+    assert waits == [True]

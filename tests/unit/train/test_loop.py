@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from aad1.stages.base import Batch, Logs, Loss, Rng, SampleNoise, randn
 from aad1.train import checkpoint
@@ -93,6 +94,26 @@ def weights(stage: Linear) -> list[torch.Tensor]:
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_cudnns_attention_comes_first_while_training_if_asked_for(asked: bool) -> None:
+    """In the backward pass too, where checkpointed blocks run again."""
+    order, cudnn = torch._C._get_sdp_priority_order, int(SDPBackend.CUDNN_ATTENTION)
+    before, firsts = order(), []
+
+    def spy(*_: object) -> None:
+        firsts.append(order()[0])
+
+    stage = Linear(critic_updates=1)
+    stage.net.weight.register_hook(spy)
+    run = trainer(stage)
+    run.cudnn_attention = asked
+    stage.hook = lambda call: spy() or 1.0  # type: ignore[func-returns-value]
+    assert before[0] != cudnn
+    run.step()
+    assert len(firsts) == 3 and (set(firsts) == {cudnn}) == asked
+    assert order() == before
 
 
 def test_accumulating_4_by_8_gives_the_gradient_of_a_batch_of_32() -> None:

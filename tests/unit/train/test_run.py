@@ -189,8 +189,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_a_straight_one(
 def test_a_checkpoint_of_another_parent_is_refused(chain: Path, tmp_path: Path) -> None:
     e = replace(experiment("dmd", chain, optim={"updates": 3}, checkpoint_every=1), out=tmp_path)
     Run(e).train()
-    with pytest.raises(UserError, match=r"step-000003 was made with parent"):
+    with pytest.raises(
+        UserError, match=r"step-000003 is another run's \(parent: \w+ -> \w{64}\): "
+    ):
         Run(replace(e, init=final(chain, "teacher"))).train()
+    other = replace(e, model=replace(e.model, ffn_dim=8))  # only what differs is told
+    with pytest.raises(UserError, match=r"another run's \(model.ffn_dim: \d+ -> 8\): remove"):
+        Run(other).train()
     # ... and a truncated one by its name
     (shard,) = tmp_path.glob("*/checkpoints/*/weights/*.distcp")
     shard.write_bytes(shard.read_bytes()[:1000])

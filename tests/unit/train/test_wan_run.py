@@ -183,6 +183,23 @@ def test_prompts_are_kept_in_memory_once_read(data: Path, tiny_wan: Path, tmp_pa
     assert torch.equal(world.text(captions[0]), wanted) and wanted.any()
 
 
+@pytest.mark.parametrize("stage", ["ode", "aad"])
+def test_a_missing_shard_is_told_once_by_two_processes(
+    data: Path, tiny_wan: Path, tmp_path: Path, stage: str
+) -> None:
+    """Those of the clips to train on, which are opened later than what is held out."""
+    clips = "trajectories" if stage == "ode" else "clips"
+    for name in ("clips", "trajectories"):
+        shutil.copytree(data / name, tmp_path / name)
+    e = experiment(stage, tiny_wan, tmp_path, tmp_path, mesh="dp=2", init=tiny_wan)
+    e = replace(e, data=replace(e.data, heldout=data / "clips"))
+    write_record(e, tmp_path / "config.yaml")
+    shard = tmp_path / clips / "shard-00000.safetensors"
+    shard.unlink()
+    found = finish(aad1(2, "train", str(tmp_path / "config.yaml")))
+    assert found == [(2, f"aad1: shard {shard} is missing\n"), (2, "")]
+
+
 def test_two_processes_read_their_shards_and_train_alike(
     chain: Path, data: Path, tiny_wan: Path, tmp_path: Path
 ) -> None:
