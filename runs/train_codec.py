@@ -11,7 +11,7 @@ latents mean what they did, to the bit, so generators trained on them stay valid
 give a decoder its texture late:
 
     python runs/train_codec.py --data out/data/doom --heldout out/data/doom-heldout \\
-        --init packaged --decoder-only --refine 8 --texture 0 --subbands 0.2 --lr 4e-4 \\
+        --init out/doom/codec --decoder-only --refine 8 --texture 0 --subbands 0.8 --lr 4e-4 \\
         --minutes 3 --out out/doom/codec_sharp
 
 Reconstructions of clips that training does not see are judged before, during and after: PSNR,
@@ -37,6 +37,7 @@ from torch import Tensor
 
 import aad1
 from aad1.atomic import replace_file
+from aad1.errors import UserError
 from aad1.evaluate.frechet import frame_features
 from aad1.evaluate.report import Gaussian
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
@@ -75,7 +76,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave the encoder and the latents as they are; needs --init",
     )
-    add("--refine", type=int, default=0, help="add this many channels at full resolution")
+    add(
+        "--refine",
+        type=int,
+        default=0,
+        help="channels of a correction at full resolution (packaged: has 8); 0 adds none",
+    )
     add("--minutes", type=float, default=4.0, help="training time, compilation left out")
     add("--batch", type=int, default=16)
     add("--frames", type=int, default=17, help="frames of a training window, 1 + 4 k")
@@ -123,8 +129,11 @@ def start(args: argparse.Namespace, clips: Tensor) -> CausalCodec:
         codec = load_codec(args.init, device=clips.device)
         if not isinstance(codec, CausalCodec):
             raise SystemExit(f"--init {args.init} is a {type(codec).__name__}, not a CausalCodec")
-        if args.refine:
-            codec = codec.with_refinement(args.refine)
+        if args.refine not in (0, codec.config.refine_width):
+            try:
+                codec = codec.with_refinement(args.refine)
+            except UserError as error:
+                raise SystemExit(f"--refine {args.refine}: {error}") from None
         codec.train()
     else:
         config = CausalCodecConfig(

@@ -428,7 +428,10 @@ def test_ctrl_c_finishes_an_endless_video(
 
 
 def test_ctrl_c_twice_drops_the_video(
-    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     def interrupted(self: Any, *args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
@@ -436,6 +439,8 @@ def test_ctrl_c_twice_drops_the_video(
 
     monkeypatch.setattr(Handover, "wait", interrupted)
     flags = dict(recipe="one-forcing-frame", size="32x32", endless=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert run(*command(wan_folder, tmp_path / "out.mp4", **flags)) == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -439,19 +439,35 @@ def test_training_with_a_frozen_encoder_changes_the_decoder_alone(tmp_path: Path
         main([*flags.split(), "--freeze-encoder"])
 
 
+def unrefined(codec: Path, folder: Path) -> Path:
+    """The codec without its correction at full resolution."""
+    config = json.loads((codec / "config.json").read_text()) | {"refine_width": 0}
+    tensors = load_file(codec / "model.safetensors")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = {n: t for n, t in tensors.items() if not n.startswith("decoder.refine.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
 def test_the_packaged_codec_is_fine_tuned_and_judged_by_one_command(tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "runs" / "train_codec.py"))["main"]
     (tmp_path / "data").mkdir()
+    soft = unrefined(PACKAGED / "doom" / "codec", tmp_path / "soft")
     save_file({"video": moving_texture(size=32)}, tmp_path / "data" / "a.safetensors")
     flags = f"--data {tmp_path}/data --out {tmp_path}/after --minutes 0.005 --batch 1 --frames 5"
     flags += " --decoder-only --refine 4 --texture 0 --subbands 0.2 --report-every 0.01"
-    main([*flags.split(), "--init=packaged", "--device=cpu"])
-    before = load_file(PACKAGED / "doom" / "codec" / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"--refine 4: .* the codec's own \(8\) 0"):
+        main([*flags.split(), "--init=packaged", "--device=cpu"])
+    main([*flags.split(), f"--init={soft}", "--device=cpu"])
+    before = load_file(soft / "model.safetensors")
     after = load_file(tmp_path / "after" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "decoder.conv_out.weight" in changed
     assert all(name.startswith("decoder.") for name in changed)
-    assert all(name.startswith("decoder.refine.") for name in after.keys() - before.keys())
+    added = after.keys() - before.keys()
+    assert added and all(name.startswith("decoder.refine.") for name in added)
     # What training did not see is judged before, during and after, with the same figures.
     figures = json.loads((tmp_path / "after" / "figures.json").read_text())
     history = figures["history"]
