@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from aad1.errors import UserError
-from aad1.models.wan_vae import Causal, FastWanVae, Upsample, WanVaeConfig
+from aad1.models.wan_vae import FastWanVae
+from aad1.models.wan_vae_layers import Causal, Upsample, WanVaeConfig
 
 pytest.importorskip("diffusers")
 

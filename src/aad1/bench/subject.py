@@ -17,7 +17,8 @@ from aad1.models.causal_codec import CausalCodec
 from aad1.models.codec import Codec, DecoderStream
 from aad1.models.dit import WanConfig, WanTransformer
 from aad1.models.tiny_decoder import TinyDecoder, load_tiny_decoder
-from aad1.models.wan_vae import FastWanVae, WanVaeConfig
+from aad1.models.wan_vae import FastWanVae
+from aad1.models.wan_vae_layers import WanVaeConfig
 
 TEXT_ROWS = 512  # of Wan's prompts, padding included
 SIZES = {
