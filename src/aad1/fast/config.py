@@ -34,6 +34,8 @@ class FastConfig:
     """cuDNN's attention is preferred; flash attention and the others follow."""
     graph: bool = False
     """Each pass as one CUDA graph, where the window holds one past chunk."""
+    image_graph: bool = True
+    """The image's cache pass as one CUDA graph: one frame is too short to hide its launches."""
     fp8: bool = False
     """The blocks' linears in float8 with a scale per row; conditioning and head stay as they
     are. The only switch that changes what is computed."""
@@ -58,8 +60,8 @@ class FastConfig:
 
 
 OFF = FastConfig(
-    precompute=False, compile=False, triton=False, cudnn=False, graph=False, fp8=False,
-    decoder=False, compile_decoder=False, half_decoder=False, early=False,
+    precompute=False, compile=False, triton=False, cudnn=False, graph=False, image_graph=False,
+    fp8=False, decoder=False, compile_decoder=False, half_decoder=False, early=False,
 )  # fmt: skip
 
 
@@ -76,7 +78,12 @@ def default_config(device: torch.device, width: int) -> FastConfig:
         return FastConfig(compile=width >= SMALL, triton=True)
     half = device.type == "cpu" and multiplies_bfloat16()
     return FastConfig(
-        compile=False, compile_decoder=False, cudnn=False, early=False, half_decoder=half
+        compile=False,
+        compile_decoder=False,
+        cudnn=False,
+        image_graph=False,
+        early=False,
+        half_decoder=half,
     )
 
 
@@ -111,11 +118,10 @@ def usable(
     lost: dict[str, str] = {}
     cuda = device.type == "cuda"
     has_triton = importlib.util.find_spec("triton") is not None
-    if config.cudnn and not cuda:
-        lost["cudnn"] = f"the device is {device.type}, not cuda"
-    if config.graph and not cuda:
-        lost["graph"] = f"the device is {device.type}, not cuda"
-    elif config.graph and not one_past_chunk(geometry):
+    for name in ("cudnn", "graph", "image_graph"):
+        if getattr(config, name) and not cuda:
+            lost[name] = f"the device is {device.type}, not cuda"
+    if config.graph and cuda and not one_past_chunk(geometry):
         past = geometry.window - geometry.sink - geometry.chunk
         lost["graph"] = f"the window holds {past} past frames, more than a chunk"
     if config.triton and not (has_triton and (cuda or triton_interprets())):

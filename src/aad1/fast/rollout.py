@@ -137,23 +137,6 @@ class FastRollout:
         finally:
             self.release(session)
 
-    def warm_up(self, batch: int, height: int, width: int, text: torch.Tensor) -> None:
-        """Run every pass that a video of this size will need, for each fill level of the cache.
-
-        text: [batch, S, text_dim]. Compiles, plans attention, captures graphs.
-        """
-        channels = self.model.config.in_channels
-        device = self.model.device
-
-        def noise(chunk: int, step: int) -> torch.Tensor:
-            size = self.geometry.size(chunk)
-            return torch.zeros(batch, channels, size, height, width, device=device)
-
-        # Until the ring has gone round once: each of its phases has slots of its own.
-        phases = -(-2 * self.geometry.window // self.geometry.chunk) + 1
-        for _ in self.stream(noise(0, 0), lambda i: text, noise, phases):
-            pass
-
 
 def admits(geometry: ChunkGeometry) -> bool:
     """Whether the fast path knows the geometry: any with relative positions or without a sink.
@@ -194,7 +177,9 @@ class Session:
                 f"the image must be {self.rollout.geometry.first} latent frame(s), "
                 f"got {image.shape[2]}"
             )
-        self._cache_pass(image, text)
+        config = self.rollout.config
+        # Without `precompute` prompts have no memory that stays where it is.
+        self._cache_pass(image, text, graph=config.image_graph and config.precompute)
 
     @torch.no_grad()
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -212,9 +197,9 @@ class Session:
             self._cache_pass(x0, text)
 
     @torch.no_grad()
-    def _cache_pass(self, x0: torch.Tensor, text: torch.Tensor) -> None:
+    def _cache_pass(self, x0: torch.Tensor, text: torch.Tensor, graph: bool = False) -> None:
         """K and V of a clean chunk, for those that follow it."""
-        self._pass(x0, (self._part(x0.shape[2], 0.0, text),), predict=False)
+        self._pass(x0, (self._part(x0.shape[2], 0.0, text),), predict=False, graph=graph)
         self._advance(x0.shape[2])
 
     @torch.no_grad()
@@ -250,13 +235,17 @@ class Session:
         self.start += size
 
     def _pass(
-        self, latents: torch.Tensor, parts: tuple[Part, ...], predict: bool = True
+        self,
+        latents: torch.Tensor,
+        parts: tuple[Part, ...],
+        predict: bool = True,
+        graph: bool = False,
     ) -> torch.Tensor:
-        config = self.rollout.config
+        """One pass; graph: as a CUDA graph, even where others are not."""
         run = self.rollout.transformer.run
         geometry = self.rollout.geometry
         whole = all(p.size in (geometry.chunk, geometry.first) for p in parts)
-        if not (config.graph and whole):
+        if not (graph or (self.rollout.config.graph and whole)):
             out = run(latents, self.slots, parts, predict=predict)
         else:
             out = self._graphed(latents, parts, predict)
@@ -282,7 +271,8 @@ class Session:
             with torch.cuda.stream(side):
                 out = run(latents, self.slots, parts, predict=predict)
             torch.cuda.current_stream().wait_stream(side)
-            static = latents.clone()
+            with torch.inference_mode(False):  # overwritten later, in whatever mode
+                static = latents.clone()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # records, without computing anything
                 later = run(static, self.slots, parts, predict=predict)

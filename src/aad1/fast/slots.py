@@ -133,8 +133,8 @@ class Slots:
         return tuple(range(first, first + size))
 
     def table(self, start: int, size: int) -> Table:
-        """Where the chunk's queries and keys stand during its passes."""
-        return self.positions.table(self._own_positions(start, size), keep=self.fixed)
+        """Where the chunk's queries and keys stand during its passes; every video has a start."""
+        return self.positions.table(self._own_positions(start, size), self.fixed or not start)
 
     def store_table(self, start: int, size: int) -> Table | None:
         """Where the next chunk reads the keys of this one; None if they stand there already."""

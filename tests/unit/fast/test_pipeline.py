@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aad1.core.chunks import ChunkGeometry
-from aad1.fast.config import FastConfig
+from aad1.fast.config import OFF, FastConfig
 from aad1.fast.handover import Handover
 from aad1.fast.rollout import Session
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
@@ -20,7 +20,7 @@ from aad1.pipeline import Pipeline
 
 Build = Callable[..., Pipeline]
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-EARLY = FastConfig(compile=False, compile_decoder=False, cudnn=False, early=True)
+EARLY = replace(OFF, precompute=True, decoder=True, early=True)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -61,9 +61,11 @@ def test_when_the_cache_pass_is_launched(
     for name, event in (("generate", "generate"), ("_cache_pass", "commit")):
         plain = getattr(Session, name)
 
-        def note(self: Session, *args: object, _p: Callable = plain, _n: str = event) -> object:
+        def note(
+            self: Session, *args: object, _p: Callable = plain, _n: str = event, **more: object
+        ) -> object:
             events.append(_n)
-            return _p(self, *args)
+            return _p(self, *args, **more)
 
         monkeypatch.setattr(Session, name, note)
     wait = Handover.wait

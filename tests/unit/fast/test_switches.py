@@ -76,6 +76,25 @@ def test_compiled_without_graph_breaks_and_not_again_as_the_cache_fills(
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_a_second_video_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    geometry = ChunkGeometry(window=17)  # positions count on, the sink is kept unrotated too
+    fast = FastRollout(build(), geometry, config=replace(OFF, compile=True, precompute=True))
+    noise = seeded_noise([0], geometry, (4, 4, 6), CPU)
+    image, text = torch.randn(1, 4, 1, 4, 6), torch.randn(1, 3, 8)
+    counts = []
+    for _ in range(2):
+        list(fast.stream(image, lambda i: text, noise, 4))
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] == counts[1]
+    torch._dynamo.reset()
+
+
 def test_row_wise_float8_is_close_and_its_scales_are_right() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 48) * torch.logspace(-3, 3, 64)[:, None]  # rows of very different sizes
@@ -120,7 +139,7 @@ def test_what_cannot_work_is_named_in_one_warning_and_left_out() -> None:
         got = usable(asked, CPU, ChunkGeometry(), width=1536 + 8)
     assert len(caught) == 1
     message = str(caught[0].message)
-    for name in ("cudnn", "graph", "triton", "fp8"):
+    for name in ("cudnn", "graph", "image_graph", "triton", "fp8"):
         assert name in message and not getattr(got, name)
     assert "1544 is not a multiple of 16" in message
     assert got.precompute
@@ -324,6 +343,28 @@ def test_cuda_equals_the_plain_rollout(
         warnings.simplefilter("ignore")  # graphs with longer windows
         got, want = both(geometry, config, 9, "cuda", how=how)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)  # TF32 may be on
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_image_pass_as_a_graph_takes_each_videos_own_image_and_prompt() -> None:
+    geometry, cuda = ChunkGeometry(), torch.device("cuda")
+    model = build("cuda")
+    noise = seeded_noise([0], geometry, (4, 4, 6), cuda)
+    fast = FastRollout(model, geometry, config=FastConfig(compile=False))
+    inputs = [(torch.randn(1, 4, 1, 4, 6).cuda(), torch.randn(1, 3, 8).cuda()) for _ in range(4)]
+    for image, text in (*inputs, *inputs):  # prompts have memory for two
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                got = list(fast.stream(image, lambda i, t=text: t, noise, 2))
+                want = list(Rollout(model, geometry).stream(image, lambda i, t=text: t, noise, 2))
+            torch.testing.assert_close(torch.cat(got), torch.cat(want), atol=1e-3, rtol=1e-3)
+    (session,) = fast._free
+    assert len(session._graphs) == 2  # one for each memory that prompts have
+    longer = FastRollout(model, ChunkGeometry(window=17), config=FastConfig(compile=False))
+    for _ in range(3):
+        list(longer.stream(*inputs[0][:1], lambda i: inputs[0][1], noise, 5))
+    assert len(longer._free[0]._graphs) == 1
 
 
 @pytest.mark.gpu
