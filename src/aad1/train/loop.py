@@ -196,6 +196,8 @@ class Trainer:
         total = self._means(seen)
         limit = c.critic_clip if role == "critic" else c.clip
         norm = torch.nn.utils.get_total_norm([p.grad for p in owned if p.grad is not None])
+        if self.device.type == "cuda":  # where the host waits below
+            self.reader.announce(self.position + offset, self.micro)
         # Before clipping spreads one bad gradient to all.
         if not self._finite(role, start, seen, total, whole(norm)):
             for optimizer in self.optimizers[role]:

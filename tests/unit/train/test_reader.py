@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -83,6 +83,31 @@ def test_without_depth_or_files_there_is_no_thread(source: Any, depth: int) -> N
     with Reader(source, CPU, depth) as reader:
         assert reader.batch(4, 2, count(6, 2)).latents.flatten().tolist() == [4, 5]
         assert not running()
+
+
+def test_an_announced_batch_is_made_at_once_and_only_if_it_is_not_on_a_disk() -> None:
+    class Counting(Memory):
+        made: ClassVar[list[int]] = []
+
+        def batch(self, position: int, count: int) -> Batch:
+            self.made.append(position)
+            return super().batch(position, count)
+
+    source, disk = Counting(), Disk()
+    with Reader(source, CPU) as reader:
+        reader.announce(4, 2)
+        assert source.made == [4]
+        assert torch.equal(reader.batch(4, 2).latents, Memory().batch(4, 2).latents)
+        assert source.made == [4]
+        reader.announce(6, 2)
+        for position in (8, 6):  # not what was announced, and what was announced before that
+            got = reader.batch(position, 2).latents
+            assert torch.equal(got, Memory().batch(position, 2).latents)
+        assert source.made == [4, 6, 8, 6]
+    for depth in (0, 2):
+        with Reader(disk, CPU, depth) as reader:
+            reader.announce(0, 2)
+    assert not disk.reads
 
 
 def test_a_batch_is_read_while_the_one_before_is_computed() -> None:

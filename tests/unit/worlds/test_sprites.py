@@ -207,6 +207,11 @@ def test_the_gpu_draws_the_same() -> None:
         draw(CONFIG, 4, seed=8, device=device)[0].video.cpu().int() for device in ("cpu", "cuda")
     )
     assert (cpu - gpu).abs().max() <= 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draw(CONFIG, 4, seed=9, device="cuda")  # the host does not wait for the device
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

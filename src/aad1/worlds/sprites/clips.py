@@ -16,6 +16,7 @@ from aad1.worlds.sprites.state import SpritesState, draw_state
 from aad1.worlds.sprites.texture import draw_texture
 
 _FRAMES_AT_ONCE = 1024  # keeps the working set of the renderer near 100 MB
+_FRAMES_AT_ONCE_ON_CUDA = 4096  # launching the kernels takes as long for few frames as for many
 
 
 def draw(
@@ -64,7 +65,11 @@ def render(
     video = torch.empty(
         batch, frames, config.size, config.size, 3, dtype=torch.uint8, device=device
     )
-    clips_at_once = max(1, _FRAMES_AT_ONCE // frames)
+    most = _FRAMES_AT_ONCE
+    if video.is_cuda:
+        # All at once and first of all: the host waits for a copy that it makes in between.
+        state, most = state.to(device), _FRAMES_AT_ONCE_ON_CUDA
+    clips_at_once = max(1, most // frames)
     for first in range(0, batch, clips_at_once):
         part = slice(first, min(first + clips_at_once, batch))
         image = draw_texture(config, state, part, device)

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from aad1.core.transfer import upload
 from aad1.worlds.sprites.config import SpritesConfig
 from aad1.worlds.sprites.state import SpritesState
 from aad1.worlds.sprites.words import COLORS, SHAPE_OUTLINES
@@ -22,7 +23,8 @@ def draw_sprite(
 ) -> None:
     """Paints one shape of every clip over image [N, H * W, 3], inside a window around it."""
     frames, side, device = state.camera.shape[1], config.size, image.device
-    shapes = torch.tensor(list(SHAPE_OUTLINES.values()), dtype=torch.float64)
+    home = state.camera.device  # of the state: the CPU, or `device` too
+    shapes = upload(torch.tensor(list(SHAPE_OUTLINES.values()), dtype=torch.float64), home)
 
     def per_frame(clip_values: Tensor) -> Tensor:
         return clip_values.repeat_interleave(frames, dim=0).to(device, torch.float32)
@@ -32,7 +34,7 @@ def draw_sprite(
     window = min(side, math.ceil(2 * _WIDEST * config.radius[1] * side) + 3)
     center = state.position[part, :, sprite].flatten(0, 1)
     origin = (center - window / 2).round().clamp(0, side - window).long()
-    grid = torch.arange(window)
+    grid = torch.arange(window, device=home)
     column = origin[:, :1] + grid
     row = origin[:, 1:] + grid
     target = (row[:, :, None] * side + column[:, None, :]).flatten(1).to(device)
@@ -52,7 +54,7 @@ def draw_sprite(
     period = per_frame(state.radius[part, sprite])[:, None, None] * 0.8
     stripe = torch.tanh(3 * torch.sin(2 * math.pi / period * across))
     shade = (0.8 + 0.2 * stripe) * (1 - 0.8 * ink)
-    colors = torch.tensor(list(COLORS.values()))[state.color[part, sprite]]
+    colors = upload(torch.tensor(list(COLORS.values())), home)[state.color[part, sprite]]
     paint = shade.flatten(1)[..., None] * per_frame(colors)[:, None, :]
     under = target[..., None].expand(-1, -1, 3)
     behind = image.gather(1, under)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from aad1.core.transfer import upload
 from aad1.worlds.sprites.config import SpritesConfig
 from aad1.worlds.sprites.lots import Lots, mix
 from aad1.worlds.sprites.words import (
@@ -45,6 +46,10 @@ class SpritesState:
     """[B] hash that names the texture."""
     palette: Tensor
     """[B, 3, 3] the texture's mean RGB and the two directions in which it varies."""
+
+    def to(self, device: torch.device | str) -> SpritesState:
+        """The same on a device, without waiting for it."""
+        return SpritesState(**{f.name: upload(getattr(self, f.name), device) for f in fields(self)})
 
 
 def draw_state(config: SpritesConfig, keys: Tensor) -> tuple[SpritesState, list[str]]:

@@ -59,16 +59,13 @@ def write_captions(
     """One sentence per clip: "red square moves left fast, green star moves up; camera stays"."""
     color_names, directions = tuple(COLORS), tuple(DIRECTIONS)
     captions = []
-    for clip in range(color.shape[0]):
+    # As lists: to read a tensor number by number takes longer than all the rest.
+    words = (x.tolist() for x in (color, shape, heading_word, speed_word, pans, pan_word))
+    for *sprites, pan, pan_direction in zip(*words, strict=True):
         phrases = []
-        for sprite in range(color.shape[1]):
-            phrase = (
-                f"{color_names[int(color[clip, sprite])]} {SHAPES[int(shape[clip, sprite])]} "
-                f"moves {directions[int(heading_word[clip, sprite])]}"
-            )
-            if speed_word[clip, sprite] > 0:
-                phrase += f" {SPEEDS[int(speed_word[clip, sprite]) - 1]}"
-            phrases.append(phrase)
-        camera = f"pans {directions[int(pan_word[clip])]}" if pans[clip] else "stays"
+        for look, outline, heading, speed in zip(*sprites, strict=True):
+            phrase = f"{color_names[look]} {SHAPES[outline]} moves {directions[heading]}"
+            phrases.append(f"{phrase} {SPEEDS[speed - 1]}" if speed else phrase)
+        camera = f"pans {directions[pan_direction]}" if pan else "stays"
         captions.append(f"{', '.join(phrases)}; camera {camera}")
     return captions
