@@ -16,11 +16,11 @@ and prompts' embeddings, but for the drawn world, which draws its own. One proce
 
 A phase's milliseconds are those of the device between the phase's first and last kernel, gaps in
 which it waits for the host included, and without those of phases within; "host" is how long
-the host was busy with it. Nothing is synchronised inside an update. One further update is profiled:
-kernels, waits of the host for the device, copies from pageable memory, busy time, top kernels. Work
-is counted by the formulas of aad1/train/costs.py (a multiplication and an addition each;
-recomputation of checkpointed blocks included, elementwise operations not). Needs torch, numpy,
-safetensors, pillow and pyyaml only.
+the host was busy with it. Nothing is synchronised inside an update. One further update is profiled
+(not with --no-profile): kernels, waits of the host for the device, copies from pageable memory,
+busy time, top kernels. Work is counted by the formulas of aad1/train/costs.py (a multiplication and
+an addition each; recomputation of checkpointed blocks included, elementwise operations not). Needs
+torch, numpy, safetensors, pillow and pyyaml only.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ class Result:
         return sum(self.flops.values()) / self.update_ms / 1e9
 
 
-def measure(e: Experiment, variant: Variant, updates: int, warm_up: int) -> Result:
-    """Build, warm up, time and profile."""
+def measure(e: Experiment, variant: Variant, updates: int, warm_up: int, profiling: bool) -> Result:
+    """Build, warm up, time and, if asked for, profile."""
     torch.manual_seed(e.seed)
     plain_blocks()
     if variant.compiled:
@@ -212,7 +212,8 @@ def measure(e: Experiment, variant: Variant, updates: int, warm_up: int) -> Resu
             clips * clip.frames * clip.tokens, warm_up_s,
             torch.cuda.max_memory_allocated() / GIB if phases.cuda else None,
         )  # fmt: skip
-        profiled(t, phases, result)
+        if profiling:
+            profiled(t, phases, result)
     return result
 
 
@@ -284,6 +285,10 @@ def table(results: dict[str, Result], top: int, cuda: bool) -> str:
             rate = f"; {r.flops[name] / ms / 1e9:.3g}" if r.flops.get(name) and ms else ""
             cells.append(f"{ms:.4g} ({host:.4g}{rate})")
         lines.append(_row("  " + name, cells))
+
+    def counted(r: Result, name: str) -> str:
+        return f"{r.counts[name]:.4g}" if r.counts else "not profiled"
+
     figures: dict[str, Callable[[Result], str]] = {
         "update, ms": lambda r: f"{r.update_ms:.4g}",
         "TFLOP per update": lambda r: f"{sum(r.flops.values()) / 1e12:.4g}",
@@ -292,17 +297,19 @@ def table(results: dict[str, Result], top: int, cuda: bool) -> str:
         "tokens/s": lambda r: f"{1e3 * r.tokens / r.update_ms:.4g}",
         "peak GiB": lambda r: "not measured" if r.peak_gib is None else f"{r.peak_gib:.2f}",
         "warm-up, s": lambda r: f"{r.warm_up_s:.3g}",
-        "kernels" if cuda else "operations": lambda r: f"{r.counts['kernels']:.0f}",
+        "kernels" if cuda else "operations": lambda r: counted(r, "kernels"),
     }
     if cuda:
         figures |= {
-            "launches + graphs": lambda r: f"{r.counts['launches']:.0f} + {r.counts['graphs']:.0f}",
-            "host waits": lambda r: f"{r.counts['host waits']:.0f}",
-            "pageable copies": lambda r: f"{r.counts['pageable copies']:.0f}",
-            "kernels' time, ms": lambda r: f"{r.counts['busy ms']:.4g}",
+            "launches + graphs": lambda r: f"{counted(r, 'launches')} + {counted(r, 'graphs')}",
+            "host waits": lambda r: counted(r, "host waits"),
+            "pageable copies": lambda r: counted(r, "pageable copies"),
+            "kernels' time, ms": lambda r: counted(r, "busy ms"),
         }
     lines += [_row(name, [tell(r) for r in results.values()]) for name, tell in figures.items()]
     for name, r in results.items():
+        if not r.counts:
+            continue
         lines += ["", f"{name}, most time in:"]
         lines += [f"  {ms:9.2f} ms {count:6d}x  {kernel[:80]}" for kernel, ms, count in r.top[:top]]
     return "\n".join(lines)
@@ -323,6 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=None)
     parser.add_argument("--batch", type=int, help="clips of a micro-step (default: the preset's)")
     parser.add_argument("--micro-steps", type=int, default=2, help="of a step, at most (default 2)")
+    parser.add_argument("--critic-updates", type=int, help="per update (default: the preset's)")
+    parser.add_argument("--no-profile", action="store_true", help="leave out the profiled update")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--top", type=int, default=12, help="kernels to name (default 12)")
     parser.add_argument("--json", type=Path)
@@ -336,6 +345,10 @@ def main(argv: list[str] | None = None) -> int:
             accumulate=min(e.optim.accumulate, args.micro_steps),
         )  # fmt: skip
         e = replace(e, optim=optim, device=args.device)
+        if args.critic_updates is not None:
+            if not hasattr(e.stage, "critic_updates"):
+                raise UserError(f"{e.name} has no critic: leave out --critic-updates")
+            e = replace(e, stage=replace(e.stage, critic_updates=args.critic_updates))
         cuda = args.device != "cpu" and torch.cuda.is_available()
         chosen = args.variants or [n for n in VARIANTS if cuda or not VARIANTS[n].cudnn]
         if args.compile and "compiled" not in chosen:
@@ -350,7 +363,9 @@ def main(argv: list[str] | None = None) -> int:
         results: dict[str, Result] = {}
         for name in chosen:
             try:
-                results[name] = measure(e, VARIANTS[name], args.updates, args.warm_up)
+                results[name] = measure(
+                    e, VARIANTS[name], args.updates, args.warm_up, not args.no_profile
+                )
             except UserError:
                 raise
             except Exception as error:  # out of memory, a compiler that fails: the rest is told
