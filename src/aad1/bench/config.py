@@ -51,6 +51,8 @@ class BenchConfig:
     """Measure again with each part turned off by itself."""
     merged: bool = False
     """Measure one pass per chunk for offline generation too."""
+    profile: bool = False
+    """Tell what the fast path's kernels do in one chunk's time; on cuda."""
     no_decode: bool = False
     """Leave the decoder out."""
     decoder: str = ""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from aad1.bench import kernels
 from aad1.bench.subject import Subject
 from aad1.fast.config import FastConfig
 from aad1.fast.handover import Handover
@@ -101,10 +102,12 @@ def measure(
     chunks: int,
     seed: int,
     decode: bool,
+    profile: bool = False,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures of one way to run (None: the untuned path) in the steady state, the window full.
 
-    Also its first latents, float32 on the CPU, to be compared with those of another way.
+    profile: also the kernels of one chunk. Returns the figures, and the first latents, float32 on
+    the CPU, to be compared with those of another way.
     """
     device = _fresh(subject)
     _, height, width = subject.latent_shape
@@ -145,6 +148,8 @@ def measure(
         "warm_up_s": warm_up,
         "peak_memory_gib": _peak_gib(device),
     }
+    if profile:
+        figures["kernels"] = player.kernels(filling)
     return figures, clip
 
 
@@ -242,6 +247,24 @@ class Player:
                 arrived = time.perf_counter() - began
             arrivals.append(arrived)
         return torch.cat([x.float().cpu() for x in kept], 2), arrivals
+
+    def kernels(self, filling: int) -> dict[str, Any]:
+        """Kernels of one chunk's passes, and of its decode, after `filling` chunks (CUDA only)."""
+        self.play(filling, Clock(self.device))
+        rows, x0 = self.subject.rows, self.subject.encode(self.picture.to(self.device))
+        first = x0
+
+        def passes() -> None:
+            nonlocal x0
+            x0 = self.video.generate(rows, self.noise)
+            self.video.commit(x0, rows)
+
+        found = {"generate + cache": kernels.profiled(passes)}
+        if self.decoder is not None:
+            stream = self.decoder()
+            stream.decode(torch.cat([first, x0], 2))
+            found["decode"] = kernels.profiled(lambda: stream.decode(x0))
+        return found
 
 
 def picture(subject: Subject) -> torch.Tensor:

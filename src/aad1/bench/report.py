@@ -32,6 +32,11 @@ def show(out: Mapping[str, Any]) -> None:
     names = list(out["results"])
     _table(["median (p90), ms", *names], rows(out["results"]))
     print(f"difference: of the first latents, relative to {out['difference_to']}")
+    for part, found in out["results"].get("fast", {}).get("kernels", {}).items():
+        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in found["kinds"].items() if ms)
+        print(f"{part}, ms: {kinds}; gaps {found['gaps']:.1f}; whole {found['whole']:.1f}")
+        for name, ms, count in found["top"]:
+            print(f"  {ms:8.2f} {count:5d}x  {name[:90]}")
     if "decode_error" in out:
         errors = out["decode_error"]
         print(f"decode against float32: plain {errors['plain']:.2%}, fast {errors['fast']:.2%}")

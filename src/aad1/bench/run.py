@@ -36,6 +36,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     size = _size(config)
     if config.chunks < 1:
         raise UserError(f"chunks must be at least 1, got {config.chunks}")
+    if config.profile and device.type != "cuda":
+        raise UserError(f"--profile looks at a GPU's kernels, the device is {device.type}")
     _switches(config, device, 0)  # unknown names, before anything is built
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -67,7 +69,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     for name in order:  # it must not profit from weights that the fast one has joined
         results[name], clips[name] = measure(
             subject, variants[name], chunks=config.chunks, seed=config.seed,
-            decode=not config.no_decode,
+            decode=not config.no_decode, profile=config.profile and name == "fast",
         )  # fmt: skip
     if config.merged:
         results["merged"], clips["merged"] = measure_merged(

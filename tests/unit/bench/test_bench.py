@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aad1.bench import kernels
 from aad1.bench.__main__ import main, parse
 from aad1.bench.config import BenchConfig
 from aad1.bench.measure import PlainVideo, _statistics
@@ -160,3 +161,33 @@ sys.exit(main(["tiny", "--size", "32x32", "--chunks", "1", "--baseline", "--devi
     assert done.returncode == 0, done.stderr[-2000:]
     assert "diffusers is not installed: the plain decode is this package's" in done.stdout
     assert "end to end, frames/s" in done.stdout
+
+
+def test_kernels_are_summed_by_kind_and_gaps_are_what_lies_between() -> None:
+    found = kernels.summed(
+        [
+            ("cudnn_generated_native_sdpa_sm90_flash_fprop", 0.0, 4000.0),
+            ("sm90_xmma_fprop_implicit_gemm_bf16", 5000.0, 6000.0),
+            ("nvjet_sm90_tst_192x128", 6000.0, 9000.0),
+            ("nvjet_sm90_tst_192x128", 8500.0, 9500.0),  # beside the one before
+            ("triton_poi_fused_add_convolution", 10000.0, 10500.0),
+        ]
+    )
+    assert found["kinds"] == {
+        "attention": 4.0, "convolutions": 1.0, "matrix products": 4.0, "everything else": 0.5,
+    }  # fmt: skip
+    assert found["whole"] == 10.5 and found["gaps"] == 1.5 and found["kernels"] == 5
+    assert found["top"][0][1:] == [4.0, 1] and found["top"][1] == ["nvjet_sm90_tst_192x128", 4.0, 2]
+    assert kernels.summed([])["whole"] == 0
+
+
+def test_a_profile_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="the device is cpu"):
+        bench(BenchConfig(profile=True, device="cpu"))
+
+
+@pytest.mark.gpu
+def test_a_profile_on_cuda_tells_of_passes_and_decode() -> None:
+    found = bench(BenchConfig(profile=True, chunks=1, device="cuda"))["results"]["fast"]["kernels"]
+    for part, kind in (("generate + cache", "matrix products"), ("decode", "convolutions")):
+        assert found[part]["kinds"][kind] > 0 and found[part]["whole"] > found[part]["gaps"]
