@@ -20,9 +20,9 @@ import triton.language as tl
 def _put(values, out, scales, row, at, inside, width, quantise: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store a row, as float8 with the row's own scale if `quantise`."""
     if quantise:
-        largest = tl.maximum(tl.max(tl.abs(values), 0), 1e-12) / 448.0
-        tl.store(scales + row, largest)
-        values = tl.clamp(values / largest, -448.0, 448.0)
+        largest = tl.maximum(tl.max(tl.abs(values), 0), 1e-12)
+        tl.store(scales + row, largest / 448.0)
+        values = tl.clamp(values * (448.0 / largest), -448.0, 448.0)
     tl.store(out + row * width + at, values.to(out.dtype.element_ty), mask=inside)
 
 
@@ -89,18 +89,20 @@ def _norm_rope(  # type: ignore[no-untyped-def]
     """rows: of one sample (F L); pairs: channel pairs per head; x_row, out_batch: strides."""
     row = tl.program_id(0).to(tl.int64)
     inner = row % rows
-    at = tl.arange(0, block)  # channel pairs of all heads
-    inside = at < width // 2
-    even = tl.load(x + row * x_row + 2 * at, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(x + row * x_row + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.rsqrt((tl.sum(even * even, 0) + tl.sum(odd * odd, 0)) / width + eps)
-    even *= norm * tl.load(weight + 2 * at, mask=inside, other=0.0).to(tl.float32)
-    odd *= norm * tl.load(weight + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + inner * pairs + at % pairs, mask=inside, other=0.0)
-    s = tl.load(sin + inner * pairs + at % pairs, mask=inside, other=0.0)
-    to = out + (row // rows) * out_batch + inner * width + 2 * at
-    tl.store(to, (even * c - odd * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(to + 1, (even * s + odd * c).to(out.dtype.element_ty), mask=inside)
+    at = tl.arange(0, block)
+    inside = at < width
+    # Channels are read and written side by side: apart, a thread moves two bytes at a time.
+    value = tl.load(x + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    value *= norm * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, (block // 2, 2)))
+    pair = tl.arange(0, block // 2)  # of all heads
+    there = pair < width // 2
+    c = tl.load(cos + inner * pairs + pair % pairs, mask=there, other=0.0)
+    s = tl.load(sin + inner * pairs + pair % pairs, mask=there, other=0.0)
+    turned = tl.interleave(even * c - odd * s, even * s + odd * c)
+    to = out + (row // rows) * out_batch + inner * width + at
+    tl.store(to, turned.to(out.dtype.element_ty), mask=inside)
 
 
 def _block(width: int) -> dict[str, Any]:
@@ -175,6 +177,6 @@ def norm_rope(
     cos, sin = table[0].contiguous(), table[1].contiguous()
     _norm_rope[(b * f * tokens,)](
         x, weight, cos, sin, out, f * tokens, width, width // heads // 2, x.stride(2),
-        out.stride(0), eps=eps, **_block(width // 2),
+        out.stride(0), eps=eps, **_block(width),
     )  # fmt: skip
     return out
