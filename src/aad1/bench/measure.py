@@ -300,7 +300,7 @@ def _decoder(subject: Subject, fast: FastConfig | None) -> Callable[[], DecoderS
     if fast is None or not fast.decoder or subject.fast_vae is None:
         return subject.plain_decoder
     vae = copy.deepcopy(subject.fast_vae)
-    return vae.prepare(channels_last=True, compiled=fast.compile_decoder).stream
+    return vae.prepare(True, fast.compile_decoder, fast.triton).stream
 
 
 def _filling(subject: Subject) -> int:

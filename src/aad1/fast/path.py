@@ -67,5 +67,5 @@ class FastPath:
         if config.half_decoder and isinstance(codec, CausalCodec):
             return copy.deepcopy(codec).to(torch.bfloat16)
         if config.decoder and isinstance(codec, WanCodec):
-            return FastWanVae.of(codec, compiled=config.compile_decoder)
+            return FastWanVae.of(codec, compiled=config.compile_decoder, kernels=config.triton)
         return codec

@@ -63,7 +63,10 @@ class FastWanVae(nn.Module):
         self.frames_per_pass = 1
 
     @classmethod
-    def of(cls, codec: Any, *, channels_last: bool = True, compiled: bool = False) -> FastWanVae:
+    def of(
+        cls, codec: Any, *, channels_last: bool = True, compiled: bool = False,
+        kernels: bool = False,
+    ) -> FastWanVae:  # fmt: skip
         """From a `WanCodec`, in its precision and on its device; UserError for a Wan 2.2 VAE.
 
         The weights are shared; channels_last lays them out anew, which the codec does not notice.
@@ -74,10 +77,13 @@ class FastWanVae(nn.Module):
         vae.load_state_dict(codec.vae.state_dict(), assign=True)
         for name in ("latents_mean", "latents_std"):
             vae._buffers[name] = getattr(codec, name)
-        return vae.eval().requires_grad_(False).prepare(channels_last, compiled)
+        return vae.eval().requires_grad_(False).prepare(channels_last, compiled, kernels)
 
-    def prepare(self, channels_last: bool = True, compiled: bool = False) -> FastWanVae:
-        """Choose how it computes: the layout, the compiler. Enlarged pictures go by phases.
+    def prepare(
+        self, channels_last: bool = True, compiled: bool = False, kernels: bool = False
+    ) -> FastWanVae:
+        """Choose how it computes: the layout, the compiler, our Triton kernel. Enlarged pictures go
+        by phases.
 
         On CUDA odd channel counts are padded, and where memory is plenty several latent frames are
         decoded in a pass.
@@ -92,6 +98,8 @@ class FastWanVae(nn.Module):
         for module in self.decoder.modules():
             if isinstance(module, Upsample):
                 module.split_phases()
+        if kernels:
+            self.decoder.use_kernels()
         if channels_last:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Conv3d):

@@ -78,6 +78,20 @@ class Memory:
         return twin
 
 
+class Norm(nn.Module):
+    """RMS norm over the channels of each position; gamma [C, 1, 1] or [C, 1, 1, 1]."""
+
+    def __init__(self, channels: int, spatial: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * spatial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        size = wide.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
+        normed = (wide / size).to(x.dtype)
+        return normed * x.shape[1] ** 0.5 * self.gamma
+
+
 class Causal(nn.Conv3d):
     """A convolution over (time, height, width) that sees no later frame."""
 
@@ -103,6 +117,21 @@ class Causal(nn.Conv3d):
             joined = nnf.pad(joined, (0, 0) * 3 + (0, weight.shape[1] - x.shape[1]))
         return nnf.conv3d(joined, weight, self.bias, padding=self.padding)  # type: ignore[arg-type]
 
+    def after_norm(
+        self, norm: Norm, x: Tensor, bias: Tensor | None, past: Tensor, own_bias: bool = True
+    ) -> Tensor:
+        """`forward` of SiLU(norm(x + bias)), what lies before the product in one kernel.
+
+        own_bias: off if whoever reads the result adds this convolution's bias.
+        """
+        from aad1.models.wan_vae_kernels import activate
+
+        weight = self.weight if self.padded is None else self.padded
+        joined = activate(x, bias, norm.gamma.flatten(), past, weight.shape[1])
+        past.copy_(joined[:, : x.shape[1], -PAST:])
+        added = self.bias if own_bias else None
+        return nnf.conv3d(joined, weight, added, padding=self.padding)  # type: ignore[arg-type]
+
     def pad_channels(self, multiple: int) -> None:
         """Compute with zero channels added, up to a multiple."""
         w = nnf.pad(self.weight.detach(), (0, 0) * 3 + (0, -self.weight.shape[1] % multiple))
@@ -116,22 +145,13 @@ class Pointwise(nn.Conv3d):
         super().__init__(d_in, d_out, 1)
 
 
-class Norm(nn.Module):
-    """RMS norm over the channels of each position; gamma [C, 1, 1] or [C, 1, 1, 1]."""
-
-    def __init__(self, channels: int, spatial: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(channels, *[1] * spatial))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        size = wide.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-        normed = (wide / size).to(x.dtype)
-        return normed * x.shape[1] ** 0.5 * self.gamma
-
-
 class Residual(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, added to the input."""
+    """norm, SiLU, conv, norm, SiLU, conv, added to the input.
+
+    kernels: norms, SiLU and what a convolution is given in a kernel of our own (Triton).
+    """
+
+    kernels = False
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -146,6 +166,10 @@ class Residual(nn.Module):
         return self.conv_shortcut(x) + self.conv2.first(nnf.silu(self.norm2(h)), memory)
 
     def forward(self, x: Tensor, past: list[Tensor]) -> Tensor:
+        if self.kernels:
+            h = self.conv1.after_norm(self.norm1, x, None, past.pop(0), own_bias=False)
+            h = self.conv2.after_norm(self.norm2, h, self.conv1.bias, past.pop(0))
+            return self.conv_shortcut(x) + h  # type: ignore[no-any-return]
         h = self.conv1(nnf.silu(self.norm1(x)), past.pop(0))
         return self.conv_shortcut(x) + self.conv2(nnf.silu(self.norm2(h)), past.pop(0))
 
@@ -255,7 +279,9 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Raw latents of one frame -> pixels in about [-1, 1]."""
+    """Raw latents of one frame -> pixels in about [-1, 1]. kernels: as of `Residual`."""
+
+    kernels = False
 
     def __init__(self, config: WanVaeConfig) -> None:
         super().__init__()
@@ -287,7 +313,15 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             for step in block.steps():  # type: ignore[operator]
                 x = step(x, past)
+        if self.kernels:
+            return self.conv_out.after_norm(self.norm_out, x, None, past.pop(0))
         return self.conv_out(nnf.silu(self.norm_out(x)), past.pop(0))
+
+    def use_kernels(self) -> None:
+        """Norms and SiLU by our own kernel, in all that comes after a video's first frame."""
+        for module in self.modules():
+            if isinstance(module, Residual | Decoder):
+                module.kernels = True
 
 
 class Downsample(nn.Module):
