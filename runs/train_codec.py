@@ -41,7 +41,7 @@ from aad1.errors import UserError
 from aad1.evaluate.frechet import frame_features
 from aad1.evaluate.report import Gaussian
 from aad1.models.causal_codec import CausalCodec, CausalCodecConfig
-from aad1.models.codec import load_codec
+from aad1.models.codec import load_codec, to_pixels
 from aad1.stages.codec_loss import (
     CodecLossConfig,
     CodecStage,
@@ -49,7 +49,7 @@ from aad1.stages.codec_loss import (
     psnr,
     sharpness_ratio,
 )
-from aad1.stages.subbands import amplitude_ratios
+from aad1.stages.subbands import amplitude_ratios, fixed_pattern
 
 PACKAGED = Path(aad1.__file__).parent / "packaged" / "doom" / "codec"
 
@@ -92,6 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise", type=float, default=CodecLossConfig.noise)
     add("--texture", type=float, default=CodecLossConfig.texture)
     add("--subbands", type=float, default=CodecLossConfig.subbands)
+    add("--pattern", type=float, default=CodecLossConfig.pattern)
     add("--gan", type=float, default=0.0, help="weight of the patch critic, 0 for none")
     add("--gan-from", type=float, default=0.6, help="share of the time after which it begins")
     add("--widths", type=int, nargs=4, default=CausalCodecConfig.widths)
@@ -199,7 +200,8 @@ def with_fallback(compiled: Callable, eager: Callable) -> Callable:
 def evaluate(codec: CausalCodec, clips: Tensor, noise: float = 0.0) -> dict[str, float]:
     """Figures of whole reconstructed clips, `noise` (in std) added to their latents.
 
-    FDnss is that of the last quarter of the frames, to the same frames as recorded.
+    FDnss is that of the last quarter of the frames, to the same frames as recorded; pattern is what
+    repeats every 8 pixels (`fixed_pattern`), in grey levels.
     """
     outputs = []
     for part in clips.split(4):
@@ -213,6 +215,7 @@ def evaluate(codec: CausalCodec, clips: Tensor, noise: float = 0.0) -> dict[str,
         "psnr": psnr(output, clips),
         "sharpness": sharpness_ratio(output, clips),
         "FDnss": recorded.distance(frame_features(output, "late")),
+        "pattern": float(fixed_pattern(to_pixels(output) - to_pixels(clips)).mean()) * 127.5,
         **amplitude_ratios(output, clips),
     }
     return {name: round(value, 4) for name, value in figures.items()}
@@ -260,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     initial = copy.deepcopy(codec)
     averaged, trained = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
     critic = PatchDiscriminator().to(device) if args.gan > 0 else None
-    loss_config = CodecLossConfig(noise=args.noise, texture=args.texture, subbands=args.subbands)
+    loss_config = CodecLossConfig(
+        noise=args.noise, texture=args.texture, subbands=args.subbands, pattern=args.pattern
+    )
     stage = CodecStage(codec, loss_config, critic)
 
     generator_loss: Callable = stage.generator_loss

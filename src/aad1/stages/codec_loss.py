@@ -3,7 +3,8 @@
 With x the video, z = E(x) its latents, s the noise level and n white noise,
 
     L = l1 |x' - x| + l2 (x' - x)^2 + laplacian sum_l |P_l x' - P_l x|
-        + texture |e(x') - e(x)| + subbands |b(x') - b(x)| + temporal |D x' - D x|
+        + texture |e(x') - e(x)| + subbands |b(x') - b(x)| + pattern p(x' - x)
+        + temporal |D x' - D x|
         + moments KL(z) + tails T(z),
     x' = G(z + s std(z) n),    s ~ U[0, noise] per clip and latent frame,
 
@@ -11,10 +12,12 @@ where P_l is level l of a Laplacian pyramid, e the local mean log |Laplacian| of
 not know where exactly an edge lies, so it rewards texture where |x' - x| would rather blur; the
 mean of the logarithm, since a few strong edges have the energy of a whole texture), b the local
 log amplitudes by direction and scale (subbands.py), which a checkerboard cannot serve as it does e,
-D the difference of neighbouring frames, KL(z) the divergence of N(mean, variance) of each latent
-channel from N(0, 1), and T(z) the mean excess of |z| over 4 standard deviations (a diffusion model
-learns rare large values badly). The noise makes the decoder forgive small errors of a generator;
-it is relative to the spread of the latents, so the encoder cannot escape it by scaling them up.
+p the part of the error that repeats on the decoder's own grid (subbands.py), in which it would
+otherwise pay for b, D the difference of neighbouring frames, KL(z) the divergence of
+N(mean, variance) of each latent channel from N(0, 1), and T(z) the mean excess of |z| over 4
+standard deviations (a diffusion model learns rare large values badly). The noise makes the decoder
+forgive small errors of a generator; it is relative to the spread of the latents, so the encoder
+cannot escape it by scaling them up.
 
 A patch critic may be added for the last part of the training (hinge loss).
 """
@@ -33,7 +36,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from aad1.errors import UserError
 from aad1.models.codec import to_pixels
-from aad1.stages.subbands import LUMA, luma, subband_error
+from aad1.stages.subbands import LUMA, fixed_pattern, luma, subband_error
 
 Logs = dict[str, Tensor]
 
@@ -61,6 +64,7 @@ class CodecLossConfig:
     texture: at 0.3, a decoder meets this term in part with a faint checkerboard of single pixels,
         which raises `sharpness_ratio` more than what one sees; look at the pictures.
     subbands: the same by direction and scale, so that no one kind of texture pays for another.
+    pattern: against a pattern of fixed phase, which has the amplitudes that `subbands` asks for.
     pyramid_levels: levels of the Laplacian pyramid (each halves the size).
     """
 
@@ -69,6 +73,7 @@ class CodecLossConfig:
     laplacian: float = 1.0
     texture: float = 0.03
     subbands: float = 0.0
+    pattern: float = 0.0
     temporal: float = 0.5
     moments: float = 1e-3
     tails: float = 0.1
@@ -109,6 +114,8 @@ def _codec_loss(
     }
     if config.subbands > 0:
         terms["subbands"] = subband_error(_rounded(x), y)
+    if config.pattern > 0:
+        terms["pattern"] = fixed_pattern(error).mean()
     if y.shape[2] > 1:
         terms["temporal"] = error.diff(dim=2).abs().mean()
     loss = torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()

@@ -97,6 +97,29 @@ def subband_error(video: Tensor, reference: Tensor) -> Tensor:
     return torch.stack([(one - other).abs().mean() for one, other in pairs]).mean()
 
 
+UNFOLDED = 8
+"""Pixels a side that one latent position is unfolded to: a decoder's own patterns repeat so."""
+
+
+def fixed_pattern(error: Tensor) -> Tensor:
+    """Root mean square, per clip [B], of the part of an error that repeats every 8 pixels.
+
+    error: float [B, 3, T, H, W], decoded minus true pixels. Its luma is averaged over frames and
+    over squares of 8 x 8: what a picture holds does not repeat on that grid and averages out, what
+    the decoder lays over every picture stays. The subbands cannot see it: a pattern has the
+    amplitude that they ask for. Zero if the frames are smaller than a square.
+    """
+    flat = luma(error)[:, 0].view(len(error), -1, *error.shape[-2:])
+    rows, columns = (side // UNFOLDED * UNFOLDED for side in flat.shape[-2:])
+    if not (rows and columns):
+        return flat.new_zeros(len(flat))
+    whole: Tensor = flat[..., :rows, :columns]
+    tiles = whole.reshape(*flat.shape[:2], rows // UNFOLDED, UNFOLDED, -1, UNFOLDED)
+    pattern: Tensor = tiles.mean((1, 2, 4))  # [B, 8, 8]
+    pattern = pattern - pattern.mean((1, 2), keepdim=True)
+    return (pattern.square().mean((1, 2)) + 1e-12).sqrt()
+
+
 def amplitude_ratios(video: Tensor, reference: Tensor) -> dict[str, float]:
     """Root mean square of each direction's texture, relative to the reference's; 1 = alike.
 

@@ -15,6 +15,7 @@ from aad1.stages.subbands import (
     LUMA,
     NAMES,
     amplitude_ratios,
+    fixed_pattern,
     local_levels,
     subband_error,
     subbands,
@@ -213,3 +214,35 @@ def test_ratios_against_known_values() -> None:
     assert board["checkerboard"] == pytest.approx(2, abs=0.05)
     assert board["nyquist"] == pytest.approx(2, abs=0.05)
     assert sum(LUMA) == pytest.approx(1)
+
+
+def test_a_fixed_pattern_is_measured_in_closed_form_and_what_moves_is_not() -> None:
+    """A wave of period 4 across, amplitude a on all colours, has root mean square a / sqrt 2."""
+    torch.manual_seed(0)
+    columns = torch.arange(48) * (2 * math.pi / 4)
+    wave = (0.3 * columns.cos()).expand(2, 3, 5, 40, 48).clone()
+    wave[1] *= 0.5
+    want = torch.tensor([0.3, 0.15]) / math.sqrt(2)
+    torch.testing.assert_close(fixed_pattern(wave), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fixed_pattern(wave + 0.4), want, atol=1e-5, rtol=1e-5)
+    # the same wave drifting by a pixel a frame, and one of a period that is no divisor of 8
+    moving = torch.stack([wave[:, :, 0].roll(t, -1) for t in range(4)], 2)
+    assert float(fixed_pattern(moving).max()) < 1e-3
+    other = (0.3 * (torch.arange(48) * (2 * math.pi / 6)).cos()).expand(1, 3, 5, 40, 48)
+    assert float(fixed_pattern(other)) < 1e-3
+    assert float(fixed_pattern(torch.randn(1, 3, 1, 7, 48))) == 0
+
+
+def test_the_pattern_term_enters_with_its_weight_and_its_gradient_removes_a_pattern() -> None:
+    torch.manual_seed(0)
+    truth = torch.rand(1, 3, 3, 32, 32) - 0.5
+    grid = 0.05 * ((torch.arange(32) % 4 == 0).float() - 0.25)
+    made = (truth + grid).requires_grad_()
+    plain, _ = codec_loss(made, truth, torch.zeros(1, 1, 1, 1, 1), CodecLossConfig())
+    loss, logs = codec_loss(made, truth, torch.zeros(1, 1, 1, 1, 1), CodecLossConfig(pattern=3.0))
+    torch.testing.assert_close(loss - plain, 3 * fixed_pattern(made - truth).mean())
+    torch.testing.assert_close(logs["pattern"], fixed_pattern(made - truth).mean().detach())
+    (gradient,) = torch.autograd.grad(fixed_pattern(made - truth).sum(), made)
+    before = fixed_pattern(made - truth)
+    after = fixed_pattern(made - 0.9 * before * gradient / gradient.square().sum() - truth)
+    assert float(after) < 0.2 * float(before)
