@@ -18,7 +18,7 @@ A phase's milliseconds are those of the device between the phase's first and las
 which it waits for the host included, and without those of phases within; "host" is how long
 the host was busy with it. Nothing is synchronised inside an update. One further update is profiled
 (not with --no-profile): kernels, waits of the host for the device, copies from pageable memory,
-busy time, top kernels. Work is counted by the formulas of aad1/train/costs.py (a multiplication and
+busy time, top kernels. Work is counted by the formulas of aad1/train/work.py (a multiplication and
 an addition each; recomputation of checkpointed blocks included, elementwise operations not). Needs
 torch, numpy, safetensors, pillow and pyyaml only.
 """
@@ -109,6 +109,7 @@ class Phases:
         """Name the parts of a trainer's update."""
         stage: Any = t.stage
         self.around(t.reader, "batch", lambda: "data")
+        self.around(t.reader, "announce", lambda: "data")
         if hasattr(stage, "self_rollout"):
             self.around(stage.self_rollout, "run", lambda: "rollout")
         for owner in (stage, getattr(stage, "score", None)):

@@ -115,7 +115,7 @@ def _state(records: Mapping[str, Record], prefix: str) -> str:
     minutes = sum(r.train_seconds + r.evaluate_seconds for r in records.values()) / 60
     state = f"**State: {done} of {len(arms)} planned runs are there"
     if records:
-        state += f", {minutes:.0f} minutes on {', '.join(devices)}"
+        state += f"; {minutes:.0f} minutes with all trials, on {', '.join(devices)}"
     return state + ".**\n"
 
 
@@ -292,8 +292,11 @@ def _curves(records: Mapping[str, Record], place: str) -> str:
 
 def _samples(records: Mapping[str, Record], place: str) -> str:
     head = "## Samples\n\nThe first 16 of each arm's seed 0, not chosen; a row is one video.\n\n"
-    shown = [f"- [{r.title}]({place}/{r.samples})" for r in records.values()
-             if r.samples and r.seed in (0, GATE_SEED)]  # fmt: skip
+    shown = []
+    for r in records.values():
+        if r.samples and r.seed in (0, GATE_SEED):
+            trial = "" if r.name == f"{r.arm}-s{r.seed}" else f" (a trial, discarded: {r.name})"
+            shown.append(f"- [{r.title}]({place}/{r.samples}){trial}")
     return head + ("\n".join(shown) or "None yet.") + "\n"
 
 

@@ -29,7 +29,8 @@ class FastConfig:
     for every fill level of the cache."""
     triton: bool = False
     """This package's own fused kernels (residual + norm + modulate, q/k norm + RoPE + cache write,
-    GELU + float8 rows) instead of what PyTorch or its compiler makes of the same formulas."""
+    GELU + float8 rows; in Wan's decoder all between two convolutions) instead of what PyTorch or
+    its compiler makes of the same formulas."""
     cudnn: bool = True
     """cuDNN's attention is preferred; flash attention and the others follow."""
     graph: bool = False
@@ -121,6 +122,8 @@ def usable(
     for name in ("cudnn", "graph", "image_graph"):
         if getattr(config, name) and not cuda:
             lost[name] = f"the device is {device.type}, not cuda"
+        elif getattr(config, name) and name != "cudnn" and not config.precompute:
+            lost[name] = "without precompute prompts have no memory that stays where it is"
     if config.graph and cuda and not one_past_chunk(geometry):
         past = geometry.window - geometry.sink - geometry.chunk
         lost["graph"] = f"the window holds {past} past frames, more than a chunk"

@@ -57,6 +57,8 @@ class FastRollout:
         )
         self.transformer = FastTransformer(model, self.config)
         self.model, self.geometry, self.sigmas = model, geometry, sigmas
+        self.side: torch.cuda.Stream | None = None
+        """Where a pass runs before it is captured as a graph."""
         self._free: list[Session] = []
 
     def session(self, batch: int, height: int, width: int) -> Session:
@@ -177,9 +179,7 @@ class Session:
                 f"the image must be {self.rollout.geometry.first} latent frame(s), "
                 f"got {image.shape[2]}"
             )
-        config = self.rollout.config
-        # Without `precompute` prompts have no memory that stays where it is.
-        self._cache_pass(image, text, graph=config.image_graph and config.precompute)
+        self._cache_pass(image, text, graph=self.rollout.config.image_graph)
 
     @torch.no_grad()
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -262,26 +262,37 @@ class Session:
                    self.slots.table(p.start, p.size)[0].data_ptr(), p.sigma, p.keep, id(p.text))
                   for p in parts]  # fmt: skip
         key = (latents.shape, latents.dtype, predict, *places)
-        run = self.rollout.transformer.run
-        if key not in self._graphs:
-            # This run compiles and plans, and it is also the pass itself: a merged pass must not
-            # run twice, since its noisy chunk takes the slots that its clean one has read.
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                out = run(latents, self.slots, parts, predict=predict)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.inference_mode(False):  # overwritten later, in whatever mode
-                static = latents.clone()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, without computing anything
-                later = run(static, self.slots, parts, predict=predict)
-            self._graphs[key] = (graph, static, later, parts)
-            return None if out is None else out.clone()  # its memory is the side stream's
-        graph, static, later, _ = self._graphs[key]
-        static.copy_(latents)
-        graph.replay()
+        with torch.cuda.device(latents.device):
+            if key not in self._graphs:
+                out, self._graphs[key] = self._captured(latents, parts, predict)
+                return out
+            graph, static, later, _ = self._graphs[key]
+            static.copy_(latents)
+            graph.replay()
         return None if later is None else later.clone()
+
+    def _captured(
+        self, latents: torch.Tensor, parts: tuple[Part, ...], predict: bool
+    ) -> tuple[torch.Tensor | None, Any]:
+        """The pass's result, and what it takes to replay it."""
+        rollout, run = self.rollout, self.rollout.transformer.run
+        if rollout.side is None:
+            rollout.side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # This run compiles and plans, and it is also the pass itself: a merged pass must not
+        # run twice, since its noisy chunk takes the slots that its clean one has read.
+        rollout.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(rollout.side):
+            out = run(latents, self.slots, parts, predict=predict)
+        torch.cuda.current_stream().wait_stream(rollout.side)
+        with torch.inference_mode(False):  # overwritten later, in whatever mode
+            static = latents.clone()
+        graph = torch.cuda.CUDAGraph()
+        # Records, without computing anything. Other threads may use the device meanwhile: a server
+        # encodes prompts beside the thread that has the model.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            later = run(static, self.slots, parts, predict=predict)
+        # The first run's memory is the side stream's.
+        return None if out is None else out.clone(), (graph, static, later, parts)
 
 
 class _Prompts:

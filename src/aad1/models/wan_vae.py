@@ -98,8 +98,7 @@ class FastWanVae(nn.Module):
         for module in self.decoder.modules():
             if isinstance(module, Upsample):
                 module.split_phases()
-        if kernels:
-            self.decoder.use_kernels()
+        self.decoder.use_kernels(kernels)
         if channels_last:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Conv3d):

@@ -317,11 +317,11 @@ class Decoder(nn.Module):
             return self.conv_out.after_norm(self.norm_out, x, None, past.pop(0))
         return self.conv_out(nnf.silu(self.norm_out(x)), past.pop(0))
 
-    def use_kernels(self) -> None:
+    def use_kernels(self, on: bool) -> None:
         """Norms and SiLU by our own kernel, in all that comes after a video's first frame."""
         for module in self.modules():
             if isinstance(module, Residual | Decoder):
-                module.kernels = True
+                module.kernels = on
 
 
 class Downsample(nn.Module):

@@ -1,10 +1,10 @@
 """The experiments that test the paper's claims at small scale; `aad1.evidence` runs them.
 
-`evidence-*`: two shapes, 32x32 in patches of 4, 21 frames, for one GPU and one to two minutes a
-run. A first teacher on 64x64 in patches of 8 lost the shapes from the second frame on
-(docs/log.md). The settings may be changed only by what teacher and full method show on validation
-clips, and are frozen once an ablation has run (docs/evidence.md). `evidence-tiny-*`: the same arms
-with a few updates each, to test the machinery on a CPU; its figures mean nothing.
+`evidence-*`: two shapes, 32x32 in patches of 4, 21 frames, for one GPU, one to two minutes a run
+and seven for the teacher. A first teacher on 64x64 in patches of 8 lost the shapes from the second
+frame on (docs/log.md). The settings may be changed only by what teacher and full method show on
+validation clips, and are frozen once an ablation has run (docs/evidence.md). `evidence-tiny-*`: the
+same arms with a few updates each, to test the machinery on a CPU; its figures mean nothing.
 """
 
 from __future__ import annotations

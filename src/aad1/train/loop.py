@@ -79,6 +79,8 @@ class Trainer:
         self.processes = processes or Processes()
         self.keep_gathered, self.cudnn_attention = keep_gathered, cudnn_attention
         self.noise_device = device if device_noise else torch.device("cpu")
+        self.announces = device.type == "cuda"
+        """Whether the host waits for the device in a step: what comes next is then begun before."""
         self.samples, self.micro = share(
             config.batch * config.accumulate, config.batch, self.processes.shape.dp
         )
@@ -196,7 +198,7 @@ class Trainer:
         total = self._means(seen)
         limit = c.critic_clip if role == "critic" else c.clip
         norm = torch.nn.utils.get_total_norm([p.grad for p in owned if p.grad is not None])
-        if self.device.type == "cuda":  # where the host waits below
+        if self.announces:
             self.reader.announce(self.position + offset, self.micro)
         # Before clipping spreads one bad gradient to all.
         if not self._finite(role, start, seen, total, whole(norm)):

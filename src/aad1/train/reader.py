@@ -41,8 +41,8 @@ class Reader:
     thread also copies, from page-locked memory and on a stream of its own. A source in memory, or
     depth 0: batches are made when they are asked for, if they were not announced.
 
-    waited: seconds that `batch` has taken in all. To be closed (it is a context manager), which
-    ends the thread.
+    waited: seconds that `batch` and `announce` have taken in all. To be closed (it is a context
+    manager), which ends the thread.
     """
 
     def __init__(self, source: Source, device: torch.device, depth: int = 2) -> None:
@@ -58,7 +58,9 @@ class Reader:
         """The batch that will be asked for next. Unless it is on a disk it is made now: on a device
         that computes by itself it is ready sooner if that is asked for before the host waits."""
         if not isinstance(self.source, Stored):
+            began = time.monotonic()
             self._announced = (position, count, self.source.batch(position, count))
+            self.waited += time.monotonic() - began
 
     def batch(self, position: int, count: int, following: Iterable[int] = ()) -> Batch:
         """Samples position .. position + count - 1; the positions after it are read meanwhile.

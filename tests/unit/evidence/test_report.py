@@ -55,7 +55,7 @@ def test_planted_results_are_told_in_full(tmp_path: Path) -> None:
     planted(folder)
     files = write(folder, page)
     text = page.read_text()
-    assert "16 of " in text and "16 minutes on test" in text
+    assert "16 of " in text and "16 minutes with all trials, on test" in text
     assert (
         "| P1 | A causal, frame-wise discriminator lets motion collapse. | **reproduced**" in text
     )

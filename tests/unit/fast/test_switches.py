@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -141,8 +142,12 @@ def test_what_cannot_work_is_named_in_one_warning_and_left_out() -> None:
     message = str(caught[0].message)
     for name in ("cudnn", "graph", "image_graph", "triton", "fp8"):
         assert name in message and not getattr(got, name)
-    assert "1544 is not a multiple of 16" in message
     assert got.precompute
+    assert "1544 is not a multiple of 16" in message
+    asked = replace(OFF, graph=True, image_graph=True)
+    with pytest.warns(UserWarning, match="graph, image_graph .without precompute"):
+        got = usable(asked, torch.device("cuda"), ChunkGeometry(), 1536)
+    assert got == OFF
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = default_config(CPU, 1536)
@@ -365,6 +370,37 @@ def test_the_image_pass_as_a_graph_takes_each_videos_own_image_and_prompt() -> N
     for _ in range(3):
         list(longer.stream(*inputs[0][:1], lambda i: inputs[0][1], noise, 5))
     assert len(longer._free[0]._graphs) == 1
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_another_thread_may_use_the_device_while_a_graph_is_captured() -> None:
+    geometry, text = ChunkGeometry(), torch.randn(1, 3, 8).cuda()
+    fast = FastRollout(build("cuda"), geometry, config=FastConfig(compile=False))
+    noise = seeded_noise([0], geometry, (4, 4, 6), torch.device("cuda"))
+    ended, failed = threading.Event(), []
+
+    def other() -> None:
+        size = 2**20
+        try:
+            while not ended.is_set():  # sizes that no memory is kept for
+                size += 2**20
+                torch.zeros(size % 2**28, device="cuda").pow(2).sum().item()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        for _ in range(20):
+            session = fast.session(1, 4, 6)  # each captures anew
+            fast._free.clear()
+            session.prefill(torch.randn(1, 4, 1, 4, 6).cuda(), text)
+            got = session.generate(text, noise)
+    finally:
+        ended.set()
+        thread.join()
+    assert not failed and bool(torch.isfinite(got).all())
 
 
 @pytest.mark.gpu

@@ -293,6 +293,29 @@ def outcome(run: Trainer) -> list[torch.Tensor]:
     return [p for module in run.modules.values() for p in module.parameters()]
 
 
+def test_what_is_announced_is_what_is_asked_for_next() -> None:
+    class Counting(Memory):
+        def __init__(self) -> None:
+            self.made: list[int] = []
+
+        def batch(self, position: int, count: int) -> Batch:
+            self.made.append(position)
+            return super().batch(position, count)
+
+    source = Counting()
+    ahead, plain = trainer(source, 2), trainer(Memory(), 2)
+    ahead.announces = True  # as on CUDA
+    for run in (ahead, plain):
+        with run.reader:
+            for _ in range(3):
+                run.step()
+    assert isinstance(ahead.stage, Stage) and isinstance(plain.stage, Stage)
+    assert ahead.stage.seen == plain.stage.seen
+    assert all(torch.equal(a, b) for a, b in zip(outcome(ahead), outcome(plain), strict=True))
+    assert source.made == list(range(0, 4 * (3 * (3 * 3 + 1) + 1), 4))  # each once, and one more
+    assert ahead.reader.waited > 0
+
+
 def test_a_run_is_the_same_with_and_without_and_resumed_at_every_step() -> None:
     plain = trainer(Disk(), 0)
     disk = Disk()

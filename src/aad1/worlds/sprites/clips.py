@@ -16,7 +16,7 @@ from aad1.worlds.sprites.state import SpritesState, draw_state
 from aad1.worlds.sprites.texture import draw_texture
 
 _FRAMES_AT_ONCE = 1024  # keeps the working set of the renderer near 100 MB
-_FRAMES_AT_ONCE_ON_CUDA = 4096  # launching the kernels takes as long for few frames as for many
+_FRAMES_AT_ONCE_ON_CUDA = 4096  # four times that: launches take as long for few frames as for many
 
 
 def draw(

@@ -52,9 +52,9 @@ def _spline_field(
     points = math.ceil(side / spacing) + 4  # the splines reach 1.5 cells past the frame
     first = torch.floor(camera / spacing).long() - 1  # [N, 2]
     inside = (camera / spacing - first).to(device, torch.float32)  # of pixel 0, in cells
+    # [N, 2, points]
     lattice = (first[:, :, None] + torch.arange(points, device=first.device)).to(device)
     key = key.to(device)[:, None]
-    # lattice: [N, 2, points]
     column = mix(lattice[:, 0] + key * 0x2545F491)
     values = mix(column[:, None, :] + mix(lattice[:, 1] + key)[:, :, None] * 5)
     values = values.float().mul_(2 / 2**32).sub_(1)  # [N, rows, columns]
