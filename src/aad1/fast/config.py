@@ -122,8 +122,9 @@ def usable(
     for name in ("cudnn", "graph", "image_graph"):
         if getattr(config, name) and not cuda:
             lost[name] = f"the device is {device.type}, not cuda"
-        elif getattr(config, name) and name != "cudnn" and not config.precompute:
-            lost[name] = "without precompute prompts have no memory that stays where it is"
+    for name in ("graph", "image_graph"):
+        if getattr(config, name) and not config.precompute:
+            lost.setdefault(name, "without precompute prompts have no memory that stays")
     if config.graph and cuda and not one_past_chunk(geometry):
         past = geometry.window - geometry.sink - geometry.chunk
         lost["graph"] = f"the window holds {past} past frames, more than a chunk"

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-PAST = 2
 ELEMENTS = 4096  # of a program's tile
 
 
@@ -52,19 +51,20 @@ def _activate(  # type: ignore[no-untyped-def]
 def activate(
     x: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, past: torch.Tensor, wide: int
 ) -> torch.Tensor:
-    """past [B, C, 2, h, w], then SiLU(norm(x + bias)) of x [B, C, T, h, w], then zero channels.
+    """past [B, C, P, h, w], then SiLU(norm(x + bias)) of x [B, C, T, h, w], then zero channels.
 
     The norm is `wan_vae_layers.Norm` with gamma; bias [C] is what the convolution before left out.
-    Returns [B, wide, T + 2, h, w], channels last; nothing is overwritten.
+    Returns [B, wide, T + P, h, w], channels last; nothing is overwritten.
     """
     last = x.permute(0, 2, 3, 4, 1).contiguous()
     kept = past.permute(0, 2, 3, 4, 1).contiguous()
     b, t, h, w, c = last.shape
-    out = torch.empty(b, t + PAST, h, w, wide, dtype=x.dtype, device=x.device)
+    before = past.shape[2]
+    out = torch.empty(b, t + before, h, w, wide, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(wide)
     rows = max(1, ELEMENTS // block)
-    _activate[(triton.cdiv(h * w, rows), t + PAST, b)](
+    _activate[(triton.cdiv(h * w, rows), t + before, b)](
         last, last if bias is None else bias, gamma, kept, out, t, h * w, c, wide, root=c**0.5,
-        biased=bias is not None, remembered=PAST, block=block, rows=rows, num_warps=4,
+        biased=bias is not None, remembered=before, block=block, rows=rows, num_warps=4,
     )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +52,17 @@ class Memory:
         return Disk().batch(position, count)
 
 
+class Counting(Memory):
+    """Notes the positions of the batches that it makes."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def batch(self, position: int, count: int) -> Batch:
+        self.made.append(position)
+        return super().batch(position, count)
+
+
 def running() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name == "aad1-reader"]
 
@@ -86,13 +97,6 @@ def test_without_depth_or_files_there_is_no_thread(source: Any, depth: int) -> N
 
 
 def test_an_announced_batch_is_made_at_once_and_only_if_it_is_not_on_a_disk() -> None:
-    class Counting(Memory):
-        made: ClassVar[list[int]] = []
-
-        def batch(self, position: int, count: int) -> Batch:
-            self.made.append(position)
-            return super().batch(position, count)
-
     source, disk = Counting(), Disk()
     with Reader(source, CPU) as reader:
         reader.announce(4, 2)
@@ -294,14 +298,6 @@ def outcome(run: Trainer) -> list[torch.Tensor]:
 
 
 def test_what_is_announced_is_what_is_asked_for_next() -> None:
-    class Counting(Memory):
-        def __init__(self) -> None:
-            self.made: list[int] = []
-
-        def batch(self, position: int, count: int) -> Batch:
-            self.made.append(position)
-            return super().batch(position, count)
-
     source = Counting()
     ahead, plain = trainer(source, 2), trainer(Memory(), 2)
     ahead.announces = True  # as on CUDA
