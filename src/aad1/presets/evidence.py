@@ -14,6 +14,7 @@ from dataclasses import replace
 from aad1.models.dit import WanConfig
 from aad1.presets.sprites import GPU, Scale, chain
 from aad1.stages.adversarial import AdversarialConfig
+from aad1.stages.pretrain import PretrainConfig
 from aad1.train.config import (
     Experiment,
     MonitorConfig,
@@ -28,10 +29,12 @@ FULL = replace(
     prefix="evidence",
     data=SpritesData(world=SpritesConfig(size=32, frames=21, texture_frequency=0.5), stride=4),
     model=WanConfig(
-        patch_size=(1, 1, 1), num_attention_heads=3, attention_head_dim=64, text_dim=64,
-        freq_dim=128, ffn_dim=768, num_layers=8, rope_theta=4.0, prediction="x0",
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=64, text_dim=64,
+        freq_dim=128, ffn_dim=1024, num_layers=8, rope_theta=4.0, prediction="x0",
     ),
-    trajectories=replace(GPU.trajectories, batch=64),
+    teacher=replace(GPU.teacher, updates=5000),
+    teacher_stage=PretrainConfig(max_weight=25.0, shift=3.0, image_share=0.5),
+    trajectories=replace(GPU.trajectories, batch=64, shift=3.0),
     ode=OptimConfig(updates=400, batch=64, lr=3e-4, schedule="cosine", ema=0.98),
     dmd=OptimConfig(
         updates=60, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9

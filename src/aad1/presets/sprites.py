@@ -42,6 +42,7 @@ class Scale:
     aad: OptimConfig
     adversarial: AdversarialConfig
     monitor: MonitorConfig
+    teacher_stage: PretrainConfig = PretrainConfig(max_weight=10.0, shift=5.0, image_share=0.5)
     compile: bool = False
 
 
@@ -118,7 +119,7 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     p, out = scale.prefix, Path("out")
     teacher = Experiment(
         name=f"{p}-teacher",
-        stage=PretrainConfig(max_weight=10.0, shift=5.0, image_share=0.5),
+        stage=scale.teacher_stage,
         data=scale.data, model=scale.model, optim=scale.teacher, trajectories=scale.trajectories,
         monitor=scale.monitor,
         discriminator=DiscriminatorConfig(taps=scale.taps), compile=scale.compile,
