@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from aad1.core.flow import sigma_grid
 from aad1.stages.adversarial import AdversarialConfig
 from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.joint import JointConfig
 from aad1.train.config import Experiment, SpritesData
 
 PENALTIES = (0, 5, 20, 50, 200)
-TWO_STEPS = (1.0, 0.8333333333333334)
-"""1 and 1/2, shifted by 5."""
-FOUR_STEPS = (1.0, 0.9375, 0.8333333333333334, 0.625)
-"""1, 3/4, 1/2 and 1/4, shifted by 5."""
+FEW_STEPS = {"two_steps": 2, "four_steps": 4}
+"""Levels evenly spaced and shifted as the teacher's trajectories are: with a shift of 5 they are the
+paper's 1, 0.9375, 0.8333 and 0.625."""
 
 
 def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experiment]:
@@ -57,13 +58,14 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
     if isinstance(aad.data, SpritesData):  # other worlds' clips have an end
         longer = replace(aad.stage, rollout_frames=2 * aad.data.world.frames - 1)
         runs.append(replace(aad, name=f"{aad.name}-long_rollout", stage=longer))
-    for name, change in (
-        ("two_steps", lambda run: replace(run, sigmas=TWO_STEPS)),
-        ("four_steps", lambda run: replace(run, sigmas=FOUR_STEPS)),
-        ("single", lambda run: replace(run, geometry=replace(run.geometry, single_pass=True))),
-    ):
+    changes: dict[str, dict[str, Any]] = {
+        name: {"sigmas": tuple(sigma_grid(steps, ode.trajectories.shift).tolist()[:-1])}
+        for name, steps in FEW_STEPS.items()
+    }
+    changes["single"] = {"geometry": replace(ode.geometry, single_pass=True)}
+    for name, change in changes.items():
         for run in (ode, dmd, aad):
-            variant = replace(change(run), name=f"{run.name}-{name}")
+            variant = replace(run, name=f"{run.name}-{name}", **change)
             if run.init:  # each stage goes on from the one before it of its own kind
                 init = Path(f"{run.init.parent}-{name}") / run.init.name
                 variant = replace(variant, init=init)
