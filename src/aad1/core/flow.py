@@ -24,6 +24,15 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tor
     return (1 - s) * x0 + s * noise
 
 
+def keep_clean(sigma: torch.Tensor, frames: int, given: int) -> torch.Tensor:
+    """sigma [B] as it is for no given frames; else [B, frames] with 0 for the first `given`."""
+    if not given:
+        return sigma
+    levels = sigma[:, None].repeat(1, frames)
+    levels[:, :given] = 0
+    return levels
+
+
 def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """v = d x_t / d sigma = eps - x0."""
     return noise - x0

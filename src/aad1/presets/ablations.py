@@ -14,7 +14,7 @@ from aad1.train.config import Experiment, SpritesData
 
 PENALTIES = (0, 5, 20, 50, 200)
 FEW_STEPS = {"two_steps": 2, "four_steps": 4}
-"""Levels evenly spaced and shifted as the teacher's trajectories are: with a shift of 5 they are the
+"""Levels evenly spaced and shifted as the trajectories are: with a shift of 5 they are the
 paper's 1, 0.9375, 0.8333 and 0.625."""
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from aad1.core.flow import add_noise
+from aad1.core.flow import add_noise, keep_clean
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator
 from aad1.rollout.stream import Rollout, RolloutFn, replay
@@ -303,13 +303,14 @@ def heldout_gap(
     captions: list[list[str]],
     interval: tuple[float, float],
     together: int = 32,
+    given: int = 0,
 ) -> torch.Tensor:
     """Mean logit of real clips minus that of generated ones, both [B, C, F, H, W].
 
     Neither may have been trained on. The clips take turns at five noise levels spread over the
     interval, real and generated at the same noise: a gap near 0 says that the discriminator has
     nothing to teach yet, a large one that it wins on details (docs/log.md).
-    together: clips judged at once, twice that many in memory.
+    together: clips judged at once, twice that many in memory. given: first frames shown clean.
     """
     low, high = interval
     turn = torch.arange(len(real), device=real.device) % 5
@@ -320,8 +321,9 @@ def heldout_gap(
         index = slice(start, start + together)
         text = conditioner(captions[index], real.shape[2])
         noise = randn(real[index].shape, real, rng)
-        pair = torch.cat([add_noise(x[index], noise, tau[index]) for x in (real, fake)])
-        logits = discriminator(pair, tau[index].repeat(2), torch.cat([text, text]))
+        sigma = keep_clean(tau[index], real.shape[2], given)
+        pair = torch.cat([add_noise(x[index], noise, sigma) for x in (real, fake)])
+        logits = discriminator(pair, torch.cat([sigma, sigma]), torch.cat([text, text]))
         one, other = logits.chunk(2)
         gaps.append((one - other).flatten(1).mean(1) if one.dim() > 1 else one - other)
     return torch.cat(gaps).mean()

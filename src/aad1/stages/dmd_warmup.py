@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aad1.core.flow import add_noise, capped_weight, guide, shift, velocity, x0_from_velocity
+from aad1.core.flow import (
+    add_noise,
+    capped_weight,
+    guide,
+    keep_clean,
+    shift,
+    velocity,
+    x0_from_velocity,
+)
 from aad1.errors import UserError
 from aad1.models.dit import WanTransformer
 from aad1.rollout.stream import Rollout, RolloutFn, replay
@@ -37,6 +45,10 @@ class DmdConfig:
     max_sigma: float = 0.98
     max_weight: float = float("inf")
     """Largest weight of the fake score's x0 error, as in pre-training."""
+    clean_image: bool = False
+    """Both scores see the given first frame clean, at sigma 0, and judge what follows: for a
+    teacher that was trained so among others (`PretrainConfig.image_share`). Otherwise they see all
+    frames noised alike, as a text-to-video teacher must."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_sigma < self.max_sigma <= 1:
@@ -63,6 +75,7 @@ class DmdWarmup:
         self.conditioner, self.config = conditioner, config
         self.critic_updates = config.critic_updates
         self.self_rollout = SelfRollout(rollout, run)
+        self.given = rollout.geometry.first if config.clean_image else 0
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
         return {
@@ -75,19 +88,30 @@ class DmdWarmup:
         u = shift(uniform_like(n, like, rng), self.config.shift)
         return u.clamp(self.config.min_sigma, self.config.max_sigma)
 
+    def shown(self, tau: torch.Tensor, frames: int) -> torch.Tensor:
+        """tau [B] as networks see it: itself, or [B, F] with 0 where the image is clean."""
+        return keep_clean(tau, frames, self.given)
+
+    def fake_error(
+        self, v: torch.Tensor, x: torch.Tensor, noise: torch.Tensor, tau: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted flow-matching error of the fake score's v on clips x, clean images left out."""
+        error = ((v - velocity(x, noise))[:, :, self.given :] ** 2).flatten(1).mean(1)
+        return (error * capped_weight(tau, self.config.max_weight)).mean()
+
     @torch.no_grad()
     def direction(self, x: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
         """The normalised DMD gradient at a clip x [B, C, F, H, W] (Eq. of stage II)."""
-        tau = self.tau(len(x), x, rng)
-        x_tau = add_noise(x, randn(x.shape, x, rng), tau)
-        fake = self.fake_score(x_tau, tau, text)
-        real = self.real_score(x_tau, tau, text)
+        sigma = self.shown(self.tau(len(x), x, rng), x.shape[2])
+        x_tau = add_noise(x, randn(x.shape, x, rng), sigma)
+        fake = self.fake_score(x_tau, sigma, text)
+        real = self.real_score(x_tau, sigma, text)
         if self.config.guidance_scale != 1:
-            null = self.real_score(x_tau, tau, self.conditioner.null(text))
+            null = self.real_score(x_tau, sigma, self.conditioner.null(text))
             real = guide(real, null, self.config.guidance_scale)
-        return dmd_direction(
-            x, x0_from_velocity(x_tau, real, tau), x0_from_velocity(x_tau, fake, tau)
-        )
+        clips = (x, x0_from_velocity(x_tau, real, sigma), x0_from_velocity(x_tau, fake, sigma))
+        g = dmd_direction(*(clip[:, :, self.given :] for clip in clips))
+        return torch.cat([torch.zeros_like(x[:, :, : self.given]), g], 2)
 
     def generator_loss(self, batch: Batch, rng: Rng) -> Loss:
         """Two-phase step: the loss's gradient in x is g / numel(x), carried by the replay."""
@@ -104,8 +128,7 @@ class DmdWarmup:
         text = self.conditioner(batch.captions, batch.latents.shape[2])
         x = self.self_rollout(batch.latents, text, rng)[0].x0
         tau = self.tau(len(x), x, rng)
-        noise = randn(x.shape, x, rng)
-        v = self.fake_score(add_noise(x, noise, tau), tau, text)
-        error = ((v - velocity(x, noise)) ** 2).flatten(1).mean(1)
-        loss = (error * capped_weight(tau, self.config.max_weight)).mean()
+        sigma, noise = self.shown(tau, x.shape[2]), randn(x.shape, x, rng)
+        v = self.fake_score(add_noise(x, noise, sigma), sigma, text)
+        loss = self.fake_error(v, x, noise, tau)
         return loss, {"fake": loss.detach()}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from aad1.core.flow import add_noise, capped_weight, velocity
+from aad1.core.flow import add_noise
 from aad1.errors import UserError
 from aad1.models.discriminator import Discriminator
 from aad1.models.dit import WanTransformer
@@ -90,8 +90,8 @@ class Joint:
         recorded, _ = self.self_rollout(batch.latents, text, rng)
         g = self.score.direction(recorded.x0, text, rng)
         x = recorded.x0.detach().requires_grad_()
-        tau = self.score.tau(len(x), x, rng)
-        fake = self.discriminator(add_noise(x, randn(x.shape, x, rng), tau), tau, text)
+        sigma = self.score.shown(self.score.tau(len(x), x, rng), x.shape[2])
+        fake = self.discriminator(add_noise(x, randn(x.shape, x, rng), sigma), sigma, text)
         adversarial = generator_adversarial_loss(fake)
         (dx,) = torch.autograd.grad(adversarial, x)
         out = torch.cat([recorded.x0[:, :, :first], replay(self.rollout, recorded, text)], 2)
@@ -108,12 +108,11 @@ class Joint:
         text = self.conditioner(batch.captions, real_x.shape[2])
         fake_x = self.self_rollout(real_x, text, rng)[0].x0
         tau = self.score.tau(len(real_x), real_x, rng)
-        noise = randn(real_x.shape, real_x, rng)
-        real_tau, fake_tau = add_noise(real_x, noise, tau), add_noise(fake_x, noise, tau)
-        v = self.discriminator.backbone(fake_tau, tau, text)
-        error = ((v - velocity(fake_x, noise)) ** 2).flatten(1).mean(1)
-        matching = (error * capped_weight(tau, c.score.max_weight)).mean()
-        both, sigma = torch.cat([real_tau, fake_tau]), torch.cat([tau, tau])
+        shown, noise = self.score.shown(tau, real_x.shape[2]), randn(real_x.shape, real_x, rng)
+        real_tau, fake_tau = add_noise(real_x, noise, shown), add_noise(fake_x, noise, shown)
+        v = self.discriminator.backbone(fake_tau, shown, text)
+        matching = self.score.fake_error(v, fake_x, noise, tau)
+        both, sigma = torch.cat([real_tau, fake_tau]), torch.cat([shown, shown])
         context = torch.cat([text, text])
         real, fake = self.discriminator(both, sigma, context).chunk(2)
         penalty = torch.zeros((), device=real.device)
@@ -138,5 +137,6 @@ class Joint:
         """`adversarial.heldout_gap` on the levels at which the scores are compared."""
         interval = (self.config.score.min_sigma, self.config.score.max_sigma)
         return heldout_gap(
-            self.discriminator, self.conditioner, real, fake, captions, interval, together
-        )
+            self.discriminator, self.conditioner, real, fake, captions, interval, together,
+            self.score.given,
+        )  # fmt: skip

@@ -60,8 +60,8 @@ def judge() -> Discriminator:
     return Discriminator(backbone, DiscriminatorConfig(taps=(0, 1)), GEOMETRY)
 
 
-def joint(**changes: float) -> Joint:
-    config = JointConfig(score=DmdConfig(), **changes)  # type: ignore[arg-type]
+def joint(clean_image: bool = False, **changes: float) -> Joint:
+    config = JointConfig(score=DmdConfig(clean_image=clean_image), **changes)
     return Joint(Rollout(network(1), GEOMETRY), network(2), judge(), conditioner(), config)
 
 
@@ -129,6 +129,26 @@ def test_the_matching_half_of_the_critic_is_flow_matching_on_generated_clips() -
     want = ((v - velocity(recorded.x0, noise)) ** 2).mean()
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(logs["fake"], want.detach())
+
+
+def test_with_a_clean_image_every_network_sees_it_so() -> None:
+    """Scores and discriminator, in both steps and on held-out clips."""
+    stage, data = joint(clean_image=True), batch()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    nets = (stage.discriminator, stage.discriminator.backbone, stage.score.real_score)
+    for net in nets:
+        net.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    stage.generator_loss(data, rng())
+    assert len(seen) == 4  # fake and real score, the latter twice for guidance, and the judge
+    stage.critic_loss(data, rng())
+    stage.heldout_gap(data.latents, data.latents, data.captions)
+    assert len(seen) == 8
+    image = data.latents[:, :, 0]
+    for x, sigma in seen:
+        assert not sigma[:, 0].any() and bool((sigma[:, 1:] > 0).all())
+        for part in x[:, :, 0].split(3):
+            near = 0.5 if len(x) == 6 else 0.0  # perturbed for the penalties
+            torch.testing.assert_close(part, image, atol=near, rtol=0)
 
 
 def test_penalties_have_their_own_weights() -> None:

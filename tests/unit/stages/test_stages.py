@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -140,10 +141,11 @@ def test_ode_init_wants_trajectories_of_its_own_levels() -> None:
         stage.generator_loss(batch(2), rng())
 
 
-def dmd(sigmas: tuple[float, ...] = (1.0,)) -> DmdWarmup:
+def dmd(sigmas: tuple[float, ...] = (1.0,), **config: Any) -> DmdWarmup:
     return DmdWarmup(
-        Rollout(network(1), GEOMETRY, sigmas), network(2), network(3), conditioner(), DmdConfig()
-    )
+        Rollout(network(1), GEOMETRY, sigmas), network(2), network(3), conditioner(),
+        DmdConfig(**config),
+    )  # fmt: skip
 
 
 def test_dmd_gradient_is_that_of_the_retained_graph() -> None:
@@ -503,6 +505,26 @@ def test_the_dmd_direction_guides_the_real_score_alone() -> None:
     torch.testing.assert_close(got, (fake - real) / weight, atol=1e-5, rtol=1e-4)
 
 
+def test_with_a_clean_image_the_direction_is_of_what_follows() -> None:
+    """The image is shown at sigma 0, has no direction, and does not count in the weight."""
+    stage, data = dmd(clean_image=True, guidance_scale=1.0), batch()
+    text = conditioner()(data.captions, FRAMES)
+    got = stage.direction(data.latents, text, rng())
+
+    generator, x = rng(), data.latents
+    tau = stage.tau(3, x, generator)
+    sigma = torch.stack([torch.zeros_like(tau), *[tau] * (FRAMES - 1)], 1)
+    s = sigma.view(3, 1, FRAMES, 1, 1)
+    x_tau = (1 - s) * x + s * randn(x.shape, x, generator)
+    assert torch.equal(x_tau[:, :, 0], x[:, :, 0])
+    with torch.no_grad():
+        real = (x_tau - s * stage.real_score(x_tau, sigma, text))[:, :, 1:]
+        fake = (x_tau - s * stage.fake_score(x_tau, sigma, text))[:, :, 1:]
+    weight = (x[:, :, 1:] - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(got[:, :, 1:], (fake - real) / weight, atol=1e-5, rtol=1e-4)
+    assert not got[:, :, 0].any()
+
+
 class Spy(torch.nn.Module):
     """Notes what a network is called with, and answers by a function of it."""
 
@@ -526,6 +548,29 @@ def test_the_fake_score_learns_the_students_clips() -> None:
         stage.fake_score = oracle  # type: ignore[assignment]
         assert (float(stage.critic_loss(data, rng())[0]) < 1e-6) == least
         stage.fake_score = network(3)
+
+
+def test_with_a_clean_image_the_fake_score_learns_what_follows() -> None:
+    """It is given the image at sigma 0, and what it says of that counts for nothing."""
+    stage, data = dmd(clean_image=True), batch()
+    text = conditioner()(data.captions, FRAMES)
+    own = stage.self_rollout(data.latents, text, rng())[0].x0
+
+    def answer(x: torch.Tensor, sigma: torch.Tensor, image: float) -> torch.Tensor:
+        v = (x - own) / sigma.view(3, 1, FRAMES, 1, 1).clamp_min(1e-3)
+        v[:, :, 0] = image
+        return v
+
+    for image in (0.0, 9.0):
+        spy = Spy(partial(answer, image=image))
+        stage.fake_score = spy  # type: ignore[assignment]
+        loss, _ = stage.critic_loss(data, rng())
+        assert float(loss) < 1e-6
+        ((x, sigma),) = spy.seen
+        assert not sigma[:, 0].any() and bool((sigma[:, 1:] > 0).all())
+        assert torch.equal(x[:, :, 0], data.latents[:, :, 0])
+    stage.fake_score = Spy(lambda x, _: torch.zeros_like(x))  # type: ignore[assignment]
+    assert float(stage.critic_loss(data, rng())[0]) > 0.1
 
 
 def test_real_and_generated_clips_are_judged_at_the_same_noise() -> None:
