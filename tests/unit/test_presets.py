@@ -113,7 +113,7 @@ def test_an_ablation_differs_in_what_its_name_says() -> None:
     assert frame.discriminator.causal and frame.discriminator.per_frame
     assert not base.discriminator.causal and not base.discriminator.per_frame
     stage = preset("sprites-aad-penalty_5").stage
-    assert isinstance(stage, AdversarialConfig) and stage.penalty_weight == 5
+    assert isinstance(stage, AdversarialConfig) and stage.penalty_weight == 250  # of 1,000
     assert len(preset("sprites-aad-two_steps").sigmas) == 2
     assert preset("sprites-aad-no_warmup").init == preset("sprites-dmd").init
 

@@ -42,7 +42,7 @@ TITLES = {
     "no_warmup_compute": "no DMD warm-up, equal compute",
     "joint": "DMD and GAN at once, equal generator updates",
     "joint_compute": "DMD and GAN at once, equal compute",
-    **{f"weight_{w}": f"regulariser weight {w}" for w in PENALTIES},
+    **{f"weight_{w}": f"regulariser weight {w}, where C has 20" for w in PENALTIES},
     "stage1_two_steps": "stage I, 2 steps",
     "stage2_two_steps": "stage II, 2 steps",
     "two_steps": "full method, 2 steps",

@@ -79,9 +79,9 @@ def write(gate: dict[str, Any], folder: Path, name: str = FILE) -> None:
         temporary.write_text(json.dumps(gate, indent=1) + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read(folder: Path, name: str = FILE) -> dict[str, Any] | None:
     """The gate's file; None if it was not tried yet. UserError if it cannot be read."""
-    path = folder / FILE
+    path = folder / name
     if not path.exists():
         return None
     try:
@@ -115,6 +115,12 @@ def found_or_judged(
     write(found, folders[0])
     say(f"gate: {'passed' if found['passed'] else 'closed'} {found['conditions']}")
     return found
+
+
+def former(folder: Path) -> list[dict[str, Any]]:
+    """Gates that were judged with settings which changed since (`gate-HASH.json`)."""
+    files = sorted(folder.glob(f"gate-{'[0-9a-f]' * 6}.json"))
+    return [found for path in files if (found := read(folder, path.name)) is not None]
 
 
 # ---- trials of other settings -------------------------------------------------------------------

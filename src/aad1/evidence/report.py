@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aad1.atomic import replace_file
 from aad1.evaluation.page import number
@@ -48,7 +49,7 @@ PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("warm-up", "With and without warm-up, and both at once",
      ("C", "no_warmup", "no_warmup_compute", "joint", "joint_compute")),
     ("weights", "Regulariser weights",
-     ("weight_0", "weight_5", "weight_20", "weight_50", "weight_200")),
+     ("weight_0", "weight_5", "C", "weight_50", "weight_200")),
     ("steps", "Steps, and longer rollouts", ("C", "two_steps", "four_steps", "long_rollout")),
 )  # fmt: skip
 
@@ -65,6 +66,13 @@ before any run; [evaluation.md](evaluation.md) explains the figures.
 The unit is the training seed; arms of one seed share their start and the order of their clips, so
 effects are means over seeds of paired differences or ratios, with 95% t intervals. Videos are
 continuations of held-out first frames that neither training nor any choice of settings saw.
+
+**Other than planned**, all settled before any arm ran: frames are 32x32 in patches of 4 with a
+texture of half the frequency, not 64x64 (the first teacher lost its shapes there). The teacher's
+late FDnss is further from the floor than the three times that were wanted; the gate below says how
+far, and asks for the rest all the same. Regulariser weights are multiples: 20 stands for the full
+method's own weight, 0, 5, 50 and 200 for as much more or less, since the paper's 20 itself does
+next to nothing here.
 """
 
 
@@ -139,15 +147,20 @@ def _gate(folder: Path) -> str:
     head = "## The gate\n\nNo arm runs before the full method beats its own stage II start on FDtd "
     head += "and FDnss with M in 0.9 to 1.1, on validation clips and at a fixed last update.\n\n"
     found = gate.read(folder)
+    parts = [_judged(one) for one in (found, *gate.former(folder)) if one is not None]
     if found is None:
-        return head + "Not run yet.\n"
+        parts.insert(0, "Not run yet with the present settings.\n" if parts else "Not run yet.\n")
+    return head + "\n".join(parts)
+
+
+def _judged(found: Mapping[str, Any]) -> str:
     lines_ = [f"{'Passed' if found['passed'] else 'Not passed'}, settings {found['settings']}, "
               f"after {found['updates']} updates.", ""]  # fmt: skip
     rows = [[name, _value(before), _value(after)]
             for name, (before, after) in found["stage II, full method"].items()]  # fmt: skip
     lines_.append(_table(["", "stage II", "full method"], rows))
     lines_ += [f"- {warning}" for warning in found["warnings"]]
-    return head + "\n".join(lines_) + "\n"
+    return "\n".join(lines_) + "\n"
 
 
 def _controls(records: Mapping[str, Record]) -> str:
@@ -258,7 +271,8 @@ def plots(records: Mapping[str, Record]) -> dict[str, str]:
             for arm in arms:
                 curve = _curve([r.curves.get(name, []) for r in results.of(arm).values()])
                 if curve is not None:
-                    curves[arm.replace("weight_", "")] = curve
+                    weight = "20" if group == "weights" else arm  # C's, on the paper's scale
+                    curves[weight if arm == "C" else arm.removeprefix("weight_")] = curve
             if curves:
                 label = f"{title} over generator updates: mean, least to most of the seeds"
                 out[f"curves-{group}-{name}.svg"] = lines(curves, title=label) + "\n"

@@ -131,7 +131,11 @@ class Runner:
         """Keep a result of settings that were changed before any ablation ran."""
         results, label = self.settings.results, record.settings_hash[:6]
         name = f"{record.arm}-{label}-s{record.seed}"
-        replace(record, name=name).save(results)
+        samples = record.samples
+        if samples and (results / samples).exists():  # the next run's take the old name
+            samples = f"{name}{Path(samples).suffix}"
+            (results / record.samples).rename(results / samples)
+        replace(record, name=name, samples=samples).save(results)
         if (old := results / f"{record.name}.json").exists():
             old.unlink()
         found = gate.read(results)

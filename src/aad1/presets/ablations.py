@@ -12,7 +12,8 @@ from aad1.stages.dmd_warmup import DmdConfig
 from aad1.stages.joint import JointConfig
 from aad1.train.config import Experiment, SpritesData
 
-PENALTIES = (0, 5, 20, 50, 200)
+PENALTIES = (0, 5, 50, 200)
+"""On the paper's scale, where 20 is the full method's own weight, whatever that is at this size."""
 FEW_STEPS = {"two_steps": 2, "four_steps": 4}
 """Levels evenly spaced and shifted as the trajectories are: with a shift of 5 they are the
 paper's 1, 0.9375, 0.8333 and 0.625."""
@@ -36,7 +37,7 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
         runs.append(replace(aad, name=f"{aad.name}-{name}", discriminator=discriminator))
     runs.append(replace(aad, name=f"{aad.name}-no_warmup", init=dmd.init))
     for weight in PENALTIES:
-        stage = replace(aad.stage, penalty_weight=float(weight))
+        stage = replace(aad.stage, penalty_weight=aad.stage.penalty_weight * weight / 20)
         runs.append(replace(aad, name=f"{aad.name}-penalty_{weight}", stage=stage))
     # One-Forcing at chunks of several frames: a head on the last tapped block alone, one learning
     # rate for all networks (here the warm-up's), betas (0, 0.999). Updates, batch, schedule and

@@ -40,10 +40,10 @@ FULL = replace(
         updates=60, batch=64, lr=1e-4, critic_lr=2e-4, betas=(0.0, 0.99), ema=0.9
     ),
     aad=OptimConfig(
-        updates=120, batch=64, lr=2e-5, critic_lr=3e-5, heads_lr=1e-4, betas=(0.0, 0.99),
+        updates=80, batch=64, lr=1e-5, critic_lr=1e-4, heads_lr=2e-4, betas=(0.0, 0.99),
         warmup=30, schedule="cosine", ema=0.98,
     ),
-    adversarial=AdversarialConfig(critic_warmup=30, penalty_weight=300.0),
+    adversarial=AdversarialConfig(critic_warmup=30, penalty_weight=3000.0),
     monitor=MonitorConfig(every=20, clips=64),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aad1.evidence.claims import CLAIMS, controls_problems, judge
+from aad1.evidence.claims import CLAIMS, WEIGHTS, controls_problems, judge
 from aad1.evidence.results import Record
 
 GOOD = {"M": 1.0, "S": 0.0, "FDtd": 4.0, "FDnss_late": 4.0, "consistency_subject": 0.8}
@@ -136,7 +136,7 @@ def test_p4(distance: Any, said: str) -> None:
 def weights(**at: dict[str, Any]) -> dict[str, Record]:
     out: dict[str, Record] = {}
     for weight in (0, 5, 20, 50, 200):
-        out |= arm(f"weight_{weight}", 3, **at.get(f"w{weight}", {}))
+        out |= arm(WEIGHTS[weight], 3, **at.get(f"w{weight}", {}))
     return out
 
 
@@ -166,7 +166,7 @@ def test_s1_with_a_weight_that_always_diverges() -> None:
     gone: dict[str, Record] = {}
     for weight in (0, 5, 20, 50, 200):
         for seed in range(3):
-            gone |= diverged(f"weight_{weight}", seed)
+            gone |= diverged(WEIGHTS[weight], seed)
     assert not judge(gone)["S1"].conditions["20 is within 10% of the best weight"]
 
 

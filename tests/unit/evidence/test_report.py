@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from aad1.evidence import gate
 from aad1.evidence.claims import CLAIMS
 from aad1.evidence.report import write
 from aad1.evidence.results import Record
@@ -67,7 +68,7 @@ def test_planted_results_are_told_in_full(tmp_path: Path) -> None:
     assert "| **C** | 1.0" in text
     assert {f.name for f in files} == {
         "evidence.md",
-        *(f"curves-{g}-{n}.svg" for g in ("discriminator", "warm-up", "steps")
+        *(f"curves-{g}-{n}.svg" for g in ("discriminator", "warm-up", "weights", "steps")
           for n in ("M", "heldout_gap")),
     }  # fmt: skip
     assert "[A](evidence/A-s0.jpg)" in text
@@ -106,6 +107,15 @@ def test_failures_and_trials_are_listed(tmp_path: Path) -> None:
     text = page.read_text()
     assert "| weight_0-s0 | diverged: update 3: the critic's loss is nan; gate ignored" in text
     assert "| gate-C-low-s1000 | done" in text
+    assert "## The gate" in text and "Not passed" not in text
+    judged = {"passed": False, "settings": "ab12", "updates": 7, "warnings": ["a weak teacher"],
+              "stage II, full method": {"FDtd": [3.0, 4.5]}}  # fmt: skip
+    gate.write(judged, folder, "gate-ab12cd.json")
+    write(folder, page)
+    text = page.read_text()
+    assert "Not run yet with the present settings." in text
+    assert "Not passed, settings ab12, after 7 updates." in text
+    assert "| FDtd | 3.00 | 4.50 |" in text and "- a weak teacher" in text
     assert "| weight_0, seed 0 | diverged |" in text
 
 

@@ -325,8 +325,10 @@ def test_no_arm_runs_before_the_gate(
         other.run()
     (root / "results" / "stage2-s0.json").unlink()
     assert other.run() == 1
-    kept = [p.stem for p in (root / "results").glob("gate-C-*-s1000.json")]
+    kept = [load(p) for p in (root / "results").glob("gate-C-*-s1000.json")]
     assert len(kept) == 1
+    samples = [root / "results" / r.samples for r in (*kept, load_all([root / "results"])[ARMS[3]])]
+    assert all(path.is_file() for path in samples) and samples[0] != samples[1]
 
 
 def test_curves_are_read_and_thinned(tmp_path: Path) -> None:
