@@ -71,8 +71,9 @@ continuations of held-out first frames that neither training nor any choice of s
 texture of half the frequency, not 64x64 (the first teacher lost its shapes there). The teacher's
 late FDnss is further from the floor than the three times that were wanted; the gate below says how
 far, and asks for the rest all the same. Regulariser weights are multiples: 20 stands for the full
-method's own weight, 0, 5, 50 and 200 for as much more or less, since the paper's 20 itself does
-next to nothing here.
+method's own weight, and 0, 5, 50 and 200 for 0, 1/4, 2.5 and 10 times as much. The penalty's size
+says that 20 itself would do next to nothing here. Since the full method's weight was chosen, S1
+tests what lies around it, and not the paper's number.
 """
 
 
@@ -147,9 +148,9 @@ def _gate(folder: Path) -> str:
     head = "## The gate\n\nNo arm runs before the full method beats its own stage II start on FDtd "
     head += "and FDnss with M in 0.9 to 1.1, on validation clips and at a fixed last update.\n\n"
     found = gate.read(folder)
-    parts = [_judged(one) for one in (found, *gate.former(folder)) if one is not None]
-    if found is None:
-        parts.insert(0, "Not run yet with the present settings.\n" if parts else "Not run yet.\n")
+    parts = [_judged(found) if found else "Not run yet with the present settings.\n"]
+    if former := gate.former(folder):
+        parts += ["With earlier settings:\n", *map(_judged, former)]
     return head + "\n".join(parts)
 
 
@@ -271,8 +272,8 @@ def plots(records: Mapping[str, Record]) -> dict[str, str]:
             for arm in arms:
                 curve = _curve([r.curves.get(name, []) for r in results.of(arm).values()])
                 if curve is not None:
-                    weight = "20" if group == "weights" else arm  # C's, on the paper's scale
-                    curves[weight if arm == "C" else arm.removeprefix("weight_")] = curve
+                    own = "20" if (group, arm) == ("weights", "C") else arm
+                    curves[own.removeprefix("weight_")] = curve
             if curves:
                 label = f"{title} over generator updates: mean, least to most of the seeds"
                 out[f"curves-{group}-{name}.svg"] = lines(curves, title=label) + "\n"
@@ -315,7 +316,10 @@ def _samples(records: Mapping[str, Record], place: str) -> str:
 
 
 def _runs(records: Mapping[str, Record]) -> str:
-    head = "## All runs\n\nFailed ones and trials of other settings included.\n\n"
+    head = (
+        "## All runs\n\nFailed ones and trials of other settings included; trials that were only "
+        "watched in training are in [log.md](log.md).\n\n"
+    )
     if not records:
         return head + "None yet.\n"
     rows = []

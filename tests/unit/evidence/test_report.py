@@ -72,6 +72,9 @@ def test_planted_results_are_told_in_full(tmp_path: Path) -> None:
           for n in ("M", "heldout_gap")),
     }  # fmt: skip
     assert "[A](evidence/A-s0.jpg)" in text
+    # C is 20 among the regulariser's weights, and C elsewhere.
+    weights, steps = ((folder / f"curves-{g}-M.svg").read_text() for g in ("weights", "steps"))
+    assert ">20<" in weights and ">C<" not in weights and ">C<" in steps
     assert "**No verdict counts as long as the controls" in text
     good = {
         "real/short": {"M": 1.0, "FDtd": 0.3, "FDnss_late": 0.2},
@@ -114,6 +117,7 @@ def test_failures_and_trials_are_listed(tmp_path: Path) -> None:
     write(folder, page)
     text = page.read_text()
     assert "Not run yet with the present settings." in text
+    assert text.index("With earlier settings:") < text.index("Not passed, settings ab12")
     assert "Not passed, settings ab12, after 7 updates." in text
     assert "| FDtd | 3.00 | 4.50 |" in text and "- a weak teacher" in text
     assert "| weight_0, seed 0 | diverged |" in text
