@@ -57,14 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="doom")
     parser.add_argument("--chunks", type=int, default=20)
-    parser.add_argument("--single-pass", action="store_true", help="without the cache pass")
     args = parser.parse_args()
     session_model.time = SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, fast in (("plain", False), ("fast", True)):
-        pipe = Pipeline.from_pretrained(
-            args.model, device=device, fast=fast, single_pass=args.single_pass
-        )
+        pipe = Pipeline.from_pretrained(args.model, device=device, fast=fast)
         spans = run(PipelineModel(pipe), args.chunks)
         figures = {k: f"{median(v):.1f} ({min(v):.1f})" for k, v in spans.items()}
         total = median(a + b for a, b in zip(spans["dit"], spans["cache pass"], strict=True))

@@ -89,8 +89,6 @@ class Generate:
     decoder: Path | None = None
     """A tiny decoder's file (TAEHV layout, taew2_1) for models with Wan's latents: sooner and
     softer."""
-    single_pass: bool = False
-    """Without the pass over clean chunks, also for a model that was not trained so."""
     scale: int = 0
     """Enlarge the video by this factor; 0 picks one that makes small videos easy to see."""
 
@@ -144,7 +142,7 @@ def generate(args: Generate) -> None:
         folder, device=device, dtype=dtype, base=args.base, recipe=args.recipe,
         steps=None if teacher else args.steps, text_cache=args.text_cache, weights=args.weights,
         loras=pair_loras(args.lora, args.lora_scale), offload=args.offload, fast=False,
-        decoder=args.decoder, single_pass=args.single_pass,
+        decoder=args.decoder,
     )  # fmt: skip
     _speed_up(pipe, args)
     if teacher:
@@ -159,7 +157,7 @@ def _check(args: Generate, info: ModelInfo) -> None:
     if info.stage == "teacher":
         if args.endless:
             raise UserError("--endless needs a distilled model; a teacher makes whole clips")
-        if args.image is not None or args.single_pass:
+        if args.image is not None:
             info.check_streams()
         _sampling(args, info)
         return

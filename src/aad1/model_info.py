@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aad1.atomic import replace_file
-from aad1.core.chunks import ChunkGeometry
+from aad1.core.chunks import ChunkGeometry, current_fields
 from aad1.errors import UserError
 from aad1.models.weights import read_json, write_json
 from aad1.rollout.teacher import Sampling
@@ -86,7 +86,7 @@ def read_info(folder: Path) -> ModelInfo:
     if raw.pop("format", None) != FORMAT:
         raise UserError(f"{folder / INDEX} is not of format {FORMAT}")
     try:
-        raw["geometry"] = ChunkGeometry(**raw["geometry"])
+        raw["geometry"] = ChunkGeometry(**current_fields(raw["geometry"], "geometry"))
         raw["sigmas"] = tuple(float(sigma) for sigma in raw["sigmas"])
         raw["sampling"] = Sampling(**raw.get("sampling", {}))
         return ModelInfo(**raw)
@@ -143,9 +143,6 @@ def model_card(info: ModelInfo, parameters: int) -> str:
         "noise levels": ", ".join(f"{s:.4g}" for s in info.sigmas),
         "chunk, sink, window": f"{info.geometry.chunk}, {info.geometry.sink}, "
         f"{info.geometry.window} latent frames",
-        "passes": "one: the generating pass fills the cache"
-        if info.geometry.single_pass
-        else "one per noise level, and one that fills the cache",
         "weights (sha256)": info.sha256 or "not hashed",
     }
     lineage, parent = [], info.parent

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,7 +65,6 @@ class Pipeline:
         offload: bool = False,
         fast: FastConfig | bool | None = None,
         decoder: str | Path | None = None,
-        single_pass: bool = False,
     ) -> Pipeline:
         """Load a packaged name ("doom", "sprites"), a folder, or a hub id.
 
@@ -81,7 +78,6 @@ class Pipeline:
             and the prompt encoder there only while it encodes; for models larger than the card.
         fast: stream on the fast path (see `speed_up`), or not; by default on CUDA and the CPU.
         decoder: a tiny decoder's file, used in place of Wan's own (see `use_tiny_decoder`).
-        single_pass: see `use_single_pass`; a model that was trained so needs no word.
 
         Raises UserError that names the file or key that is wrong.
         """
@@ -102,8 +98,6 @@ class Pipeline:
         pipe = cls(*parts)
         if offload:
             pipe._offload(device)
-        if single_pass:
-            pipe.use_single_pass()
         if decoder is not None:
             pipe.use_tiny_decoder(decoder, dtype)
         on = (pipe.device.type in ("cuda", "cpu") and not offload) if fast is None else fast
@@ -200,19 +194,6 @@ class Pipeline:
         """`rollout` on the fast path, made once; None without `speed_up`, or with a geometry that
         the fast path does not know (a warning says so)."""
         return None if self._fast is None else self._fast.rollout(rollout)
-
-    def use_single_pass(self) -> None:
-        """Stream without the pass over clean chunks (`ChunkGeometry.single_pass`): a trial, with a
-        warning, unless the model was trained so. UserError for a teacher, which does not stream."""
-        geometry = self.rollout.geometry  # refuses a teacher
-        if geometry.single_pass:
-            return
-        warnings.warn(
-            "this model was trained to read clean chunks: in a single pass it makes another video, "
-            "of a quality that was not measured",
-            stacklevel=2,
-        )
-        self.info = replace(self.info, geometry=replace(geometry, single_pass=True))
 
     def use_tiny_decoder(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Decode with a tiny decoder in TAEHV's layout from now on: sooner, and softer pictures.

@@ -81,30 +81,29 @@ def encode(prompts: list[str]) -> torch.Tensor:
 def trainer(
     name: str, processes: mesh.Processes, *, checkpointed: bool = False, averaged: bool = True,
     causal: bool = False, max_skipped: int = 0, keep_gathered: bool = True, graph: str = "auto",
-    bf16: bool = False, on_cpu: bool = False, single_pass: bool = False, **optim: Any,
+    bf16: bool = False, on_cpu: bool = False, **optim: Any,
 ) -> Trainer:  # fmt: skip
     """A tiny run of a stage: "ode", "dmd" or "aad"."""
-    geometry = replace(GEOMETRY, single_pass=single_pass)
-    conditioner = Conditioner(encode, geometry)
+    conditioner = Conditioner(encode, GEOMETRY)
     generator = model(1)
     modules: dict[str, nn.Module] = {"generator": generator}
     stage: Stage
     if name == "ode":
-        stage = OdeInit(generator, conditioner, geometry, SIGMAS, OdeInitConfig())
+        stage = OdeInit(generator, conditioner, GEOMETRY, SIGMAS, OdeInitConfig())
     elif name == "dmd":
         real = model(2).requires_grad_(False)
         modules["fake_score"] = fake = model(3)
         distribute(real, processes)
-        rollout = Rollout(generator, geometry, SIGMAS)
+        rollout = Rollout(generator, GEOMETRY, SIGMAS)
         stage = DmdWarmup(rollout, real, fake, conditioner, DmdConfig(critic_updates=2))
     else:
         torch.manual_seed(4)
         config = DiscriminatorConfig(taps=(0, 1), causal=causal, per_frame=causal)
-        critic = Discriminator(model(3), config, geometry)
+        critic = Discriminator(model(3), config, GEOMETRY)
         for p in critic.head_parameters():  # as they begin, heads would give almost no gradient
             nn.init.normal_(p, std=0.2)
         modules["discriminator"] = critic
-        rollout = Rollout(generator, geometry, SIGMAS)
+        rollout = Rollout(generator, GEOMETRY, SIGMAS)
         chosen = AdversarialConfig(graph=graph).settled(checkpointed)
         stage = Adversarial(rollout, critic, conditioner, chosen)
     standard: dict[str, Any] = dict(batch=4, lr=1e-3, critic_lr=1e-3, clip=1e9, critic_clip=1e9)

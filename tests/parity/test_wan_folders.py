@@ -245,7 +245,6 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(
         (few | dict(shift=3), "--shift is for teachers"),
         (dict(recipe="aad1"), "this model continues an image: give one (--image)"),
         (dict(image=picture), "bidirectional teacher and cannot stream"),
-        (dict(single_pass=True), "bidirectional teacher and cannot stream"),
         (dict(endless=True), "--endless needs a distilled model"),
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(guidance=-1), "guidance must be at least 0, got -1"),

@@ -158,15 +158,6 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     assert sorted(work.iterdir()) == before
 
 
-def test_a_trial_without_the_cache_pass_is_warned_of_in_one_line(
-    model: Path, picture: Path, tmp_path: Path
-) -> None:
-    flags = ("--model", model, "--image", picture, "--chunks", 2, "--out", tmp_path / "out.mp4")
-    with pytest.warns(UserWarning, match="trained to read clean chunks") as caught:
-        assert run("generate", *flags, "--single-pass") == 0
-    assert len(caught) == 1 and "\n" not in str(caught[0].message)
-
-
 def test_without_cuda_nothing_is_begun(
     model: Path, picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

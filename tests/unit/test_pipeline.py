@@ -232,6 +232,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
         (lambda d: d["geometry"].update(window=3), "sink . chunk = 5 frames, got 3"),
         (lambda d: d["geometry"].update(chunk=0), "chunk must be at least 1, got 0"),
         (lambda d: d["geometry"].update(depth=1), "depth"),
+        (lambda d: d["geometry"].update(single_pass=True), "single_pass .* no longer supported"),
         (lambda d: d.update(geometry=7), "geometry|mapping"),
         (lambda d: d.pop("geometry"), "has no 'geometry'"),
         (lambda d: d.update(width=0), "width must be at least 1, got 0"),
@@ -252,6 +253,12 @@ def test_a_bad_index_is_told_in_one_line(
     with pytest.raises(UserError, match=message) as error:
         Pipeline.from_pretrained(folder)
     assert INDEX in first_line(error)
+
+
+def test_a_single_pass_that_is_off_is_ignored(folder: Path) -> None:
+    info = read_info(folder)
+    change_index(folder, lambda d: d["geometry"].update(single_pass=False))
+    assert read_info(folder) == info
 
 
 def test_noise_levels_that_cannot_be_are_refused(folder: Path) -> None:
@@ -379,43 +386,3 @@ def test_empty_and_very_long_prompts_work(pipe: Pipeline) -> None:
     with pytest.warns(UserWarning, match="first 4"):
         long = pipe(PICTURE, "red disc moves left " * 5000, num_chunks=1)
     assert torch.equal(long, pipe(PICTURE, "red disc moves left", num_chunks=1))
-
-
-# -- a single pass per chunk ----------------------------------------------------------------------
-
-
-def test_a_folder_says_that_its_model_streams_in_a_single_pass(
-    tiny_pipeline: Build, tmp_path: Path
-) -> None:
-    geometry = ChunkGeometry(single_pass=True)
-    want = tiny_pipeline(geometry=geometry)
-    want.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / INDEX).read_text())["geometry"]["single_pass"] is True
-    assert "one: the generating pass fills the cache" in (tmp_path / "README.md").read_text()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it was trained so: the flag changes nothing
-        for single_pass, fast in itertools.product((False, True), (False, True)):
-            pipe = Pipeline.from_pretrained(tmp_path, single_pass=single_pass, fast=fast)
-            assert pipe.info.geometry == geometry
-            got = pipe(PICTURE, "left", num_chunks=3)
-            assert (got.int() - want(PICTURE, "left", num_chunks=3).int()).abs().max() <= 1
-
-
-def test_folders_from_before_it_stream_as_before(folder: Path) -> None:
-    facts = json.loads((folder / INDEX).read_text())
-    del facts["geometry"]["single_pass"]
-    (folder / INDEX).write_text(json.dumps(facts))
-    assert not Pipeline.from_pretrained(folder).info.geometry.single_pass
-
-
-def test_a_model_that_was_not_trained_so_is_tried_with_a_warning(
-    pipe: Pipeline, folder: Path, tiny_pipeline: Build, tmp_path: Path
-) -> None:
-    with pytest.warns(UserWarning, match="trained to read clean chunks: in a single pass it makes"):
-        single = Pipeline.from_pretrained(folder, single_pass=True)
-    two, one = (p(PICTURE, "left", num_chunks=3) for p in (pipe, single))
-    assert torch.equal(one[:5], two[:5])  # the first chunk has only the image before it
-    assert not torch.equal(one[5:], two[5:])
-    tiny_pipeline(stage="teacher").save_pretrained(tmp_path / "teacher")
-    with pytest.raises(UserError, match="teacher and cannot stream"):
-        Pipeline.from_pretrained(tmp_path / "teacher", single_pass=True)

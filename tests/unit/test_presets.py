@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from aad1.core.flow import sigma_grid
@@ -23,9 +21,6 @@ def test_every_stage_and_ablation_has_a_preset() -> None:
         for stage in ("teacher", "ode", "dmd", "aad", "aad-no_warmup", "aad-causal_frame",
                       "aad-causal_video", "aad-bidirectional_frame"):  # fmt: skip
             assert f"{world}-{stage}" in presets()
-        for stage in ("ode", "dmd", "aad"):
-            single = preset(f"{world}-{stage}-single")
-            assert single.geometry == replace(preset(f"{world}-{stage}").geometry, single_pass=True)
     for rest in ("penalty_0", "penalty_200", "two_steps"):
         assert f"sprites-gpu-aad-{rest}" in presets()
 
@@ -116,12 +111,6 @@ def test_an_ablation_differs_in_what_its_name_says() -> None:
     assert isinstance(stage, AdversarialConfig) and stage.penalty_weight == 250  # of 1,000
     assert len(preset("sprites-aad-two_steps").sigmas) == 2
     assert preset("sprites-aad-no_warmup").init == preset("sprites-dmd").init
-
-
-def test_a_teacher_has_no_single_pass() -> None:
-    teacher = preset("sprites-teacher")
-    with pytest.raises(UserError, match="single_pass is for stages I to III"):
-        replace(teacher, geometry=replace(teacher.geometry, single_pass=True))
 
 
 def test_an_unknown_preset_suggests_the_nearest() -> None:

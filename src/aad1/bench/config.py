@@ -26,9 +26,6 @@ class BenchConfig:
     """Latent frames visible to a chunk in all."""
     steps: int = 1
     """Noise levels per chunk: 1, 2 or 4."""
-    single_pass: bool = False
-    """Without the cache pass: the generating pass's own K and V are kept. Of a model that was not
-    trained so this makes another video."""
     chunks: int = 20
     """Chunks measured, once the window is full."""
     device: str = "auto"

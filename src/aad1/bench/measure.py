@@ -70,11 +70,10 @@ class PlainVideo:
         self._state: State = self._rollout.prefill(image, text)
 
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
-        self._step = self._rollout.generate(self._state, text, noise)
-        return self._step.x0
+        return self._rollout.generate(self._state, text, noise).x0
 
     def commit(self, x0: torch.Tensor, text: torch.Tensor) -> None:
-        self._state = self._rollout.after(self._state, self._step, text)
+        self._state = self._rollout.commit(self._state, x0, text)
 
 
 class FastVideo:

@@ -121,13 +121,11 @@ def _subject(
 ) -> Subject:
     name = config.model.lower()
     if name not in SIZES:
-        return folder_subject(config.model, size, device, dtype, config.single_pass)
+        return folder_subject(config.model, size, device, dtype)
     # Imported here: a model folder has levels of its own.
     from aad1.wan_folder import few_step_sigmas
 
-    geometry = ChunkGeometry(
-        chunk=config.chunk, sink=config.sink, window=config.window, single_pass=config.single_pass
-    )
+    geometry = ChunkGeometry(chunk=config.chunk, sink=config.sink, window=config.window)
     default = (64, 48) if name == "tiny" else (832, 480)
     return random_subject(
         name, geometry, few_step_sigmas(config.steps), size or default, device, dtype, config.seed

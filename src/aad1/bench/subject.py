@@ -116,18 +116,12 @@ def random_subject(
 
 
 def folder_subject(
-    name: str,
-    size: tuple[int, int] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    single_pass: bool = False,
+    name: str, size: tuple[int, int] | None, device: torch.device, dtype: torch.dtype
 ) -> Subject:
     """A pipeline folder or packaged model, with its own geometry and noise levels."""
     from aad1.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(
-        name, device=device, dtype=dtype, fast=False, single_pass=single_pass
-    )
+    pipe = Pipeline.from_pretrained(name, device=device, dtype=dtype, fast=False)
     rollout = pipe.rollout
     codec: Codec = pipe.codec
     prompt = _any_prompt(pipe)

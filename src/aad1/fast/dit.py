@@ -107,7 +107,7 @@ class FastTransformer:
         slots.prepare(first.start, first.size, final.start + final.size)
         if len(parts) == 1:
             slots.turn_sink(first.start, first.size)
-        places = [Place(slots, p, p.keep or not predict or p is not final) for p in parts]
+        places = [Place(slots, p, keep=not predict or p is not final) for p in parts]
         tables = _tables(places)
         levels = [self.modulation(p.sigma) for p in parts]
         sizes = tuple(p.size for p in parts)

@@ -13,17 +13,12 @@ from aad1.models.dit import attend
 
 @dataclass(frozen=True)
 class Part:
-    """One chunk in a pass: where it stands, its noise level, and its prompt's K and V by layer.
-
-    keep: its own K and V are those that later chunks read, although it is the last of a pass that
-    predicts.
-    """
+    """One chunk in a pass: where it stands, its noise level, and its prompt's K and V by layer."""
 
     start: int
     size: int
     sigma: float
     text: list[KV]
-    keep: bool = False
 
 
 class Place:

@@ -12,7 +12,6 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,12 +113,8 @@ class FastRollout:
         """The same clean latents with the cache pass of a chunk inside the first pass of the next.
 
         One pass per chunk and noise level, each of the size of two. Nothing is committed before
-        the next chunk is asked for, so this is for videos made at one go. With `single_pass` there
-        is no cache pass to merge, and this is `stream`.
+        the next chunk is asked for, so this is for videos made at one go.
         """
-        if self.geometry.single_pass:
-            yield from self.stream(image, text, noise, chunks)
-            return
         first = noise(0, 0) if image is None else image
         session = self.session(len(first), *first.shape[3:])
         try:
@@ -185,16 +180,12 @@ class Session:
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
         """Clean latents [B, C, F, H, W] of the next chunk, with every noise level in turn."""
         x_t = noise(self.chunk, 0)
-        x0 = self._pass(x_t, (self._noisy(x_t.shape[2], 0, text),))
+        x0 = self._pass(x_t, (self._part(x_t.shape[2], self.rollout.sigmas[0], text),))
         return self._further_steps(x0, text, noise)
 
     def commit(self, x0: torch.Tensor, text: torch.Tensor) -> None:
-        """On to the next chunk: the cache pass over the clean chunk that was generated, or with
-        `single_pass` nothing, since the last pass left its K and V."""
-        if self.rollout.geometry.single_pass:
-            self._advance(x0.shape[2])
-        else:
-            self._cache_pass(x0, text)
+        """On to the next chunk: the cache pass over the clean chunk that was generated."""
+        self._cache_pass(x0, text)
 
     @torch.no_grad()
     def _cache_pass(self, x0: torch.Tensor, text: torch.Tensor, graph: bool = False) -> None:
@@ -219,13 +210,8 @@ class Session:
         for step, sigma in enumerate(self.rollout.sigmas[1:], 1):
             level = torch.full((len(x0),), sigma, device=x0.device)
             x_t = add_noise(x0, noise(self.chunk, step), level)
-            x0 = self._pass(x_t, (self._noisy(x_t.shape[2], step, text),))
+            x0 = self._pass(x_t, (self._part(x_t.shape[2], sigma, text),))
         return x0
-
-    def _noisy(self, size: int, step: int, text: torch.Tensor) -> Part:
-        sigmas = self.rollout.sigmas
-        keep = self.rollout.geometry.single_pass and step == len(sigmas) - 1
-        return replace(self._part(size, sigmas[step], text), keep=keep)
 
     def _part(self, size: int, sigma: float, text: torch.Tensor) -> Part:
         return Part(self.start, size, sigma, self._prompts.of(text))
@@ -259,7 +245,7 @@ class Session:
         With one past chunk in the window there are few of them: two phases of the ring.
         """
         places = [(tuple(self.slots.own(p.start, p.size)), self.slots.filled(p.start, p.size),
-                   self.slots.table(p.start, p.size)[0].data_ptr(), p.sigma, p.keep, id(p.text))
+                   self.slots.table(p.start, p.size)[0].data_ptr(), p.sigma, id(p.text))
                   for p in parts]  # fmt: skip
         key = (latents.shape, latents.dtype, predict, *places)
         with torch.cuda.device(latents.device):

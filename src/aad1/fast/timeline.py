@@ -68,13 +68,9 @@ class Timeline:
 
     @torch.no_grad()
     def commit(self, place: Place, x0: torch.Tensor, text: torch.Tensor) -> Place:
-        """The place after the chunk `x0` that was generated at `place`, by its cache pass.
-
-        With `single_pass` nothing else may have happened since the chunk was generated.
-        """
-        if not self.geometry.single_pass:
-            self._go_to(place)
-            self._overwrite(place)
+        """The place after the chunk `x0` that was generated at `place`, by its cache pass."""
+        self._go_to(place)
+        self._overwrite(place)
         self.session.commit(x0, text)
         self._committed(place.start, x0.shape[2])
         return self._place()

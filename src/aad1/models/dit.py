@@ -354,37 +354,11 @@ class WanTransformer(nn.Module):
         plan: who sees whom (default: bidirectional); past: per-layer K/V of earlier frames.
         Returns the velocity eps - x0, [B, C, F, H, W].
         """
-        return self._velocity(latents, sigma, text, plan, past, None)
-
-    def with_keys_values(
-        self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        text: torch.Tensor,
-        *,
-        plan: Plan | None = None,
-        past: Sequence[KV] | None = None,
-    ) -> tuple[torch.Tensor, tuple[KV, ...]]:
-        """What `forward` returns, and K and V of every layer as `keys_values` returns them."""
-        kept: list[KV] = []
-        return self._velocity(latents, sigma, text, plan, past, kept), tuple(kept)
-
-    def _velocity(
-        self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        text: torch.Tensor,
-        plan: Plan | None,
-        past: Sequence[KV] | None,
-        keep: list[KV] | None,
-    ) -> torch.Tensor:
         x, e, e0, context, grid = self._embed(latents, sigma, text)
         plan = plan or plans.bidirectional(latents.shape[2])
         wiring = wire(plan, grid, self.config, x.device)
         for i, block in enumerate(self.blocks):
-            x, k, v = block(x, e0, context, None if past is None else past[i], wiring)
-            if keep is not None:
-                keep.append((k, v))
+            x, _, _ = block(x, e0, context, None if past is None else past[i], wiring)
         out = self._unpatch(self._head(x, e), grid).to(latents.dtype)
         if self.config.prediction == "x0":
             s = per_frame(sigma, latents).clamp_min(MIN_SIGMA)

@@ -53,7 +53,7 @@ def distribute(module: nn.Module, processes: Processes) -> None:
             fully_shard(part, mesh=processes.mesh)
     fully_shard(module, mesh=processes.mesh)
     if isinstance(module, WanTransformer):
-        for name in ("keys_values", "with_keys_values", "features"):
+        for name in ("keys_values", "features"):
             register_fsdp_forward_method(module, name)
 
 

@@ -1,10 +1,9 @@
-"""The paper's ablations of a chain of stages and a variant, the same for every small world."""
+"""The paper's ablations of a chain of stages, the same for every small world."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from aad1.core.flow import sigma_grid
 from aad1.stages.adversarial import AdversarialConfig
@@ -21,8 +20,7 @@ paper's 1, 0.9375, 0.8333 and 0.625."""
 
 def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experiment]:
     """Discriminator (causal or not, per frame or video), no warm-up, penalty weights, both losses
-    at once, two and four steps, a single pass per chunk; on the drawn world also longer
-    self-rollouts.
+    at once, two and four steps; on the drawn world also longer self-rollouts.
 
     Named after the stage: <world>-aad-causal_frame, <world>-dmd-two_steps, <world>-joint, ...
     """
@@ -59,14 +57,10 @@ def ablations(ode: Experiment, dmd: Experiment, aad: Experiment) -> list[Experim
     if isinstance(aad.data, SpritesData):  # other worlds' clips have an end
         longer = replace(aad.stage, rollout_frames=2 * aad.data.world.frames - 1)
         runs.append(replace(aad, name=f"{aad.name}-long_rollout", stage=longer))
-    changes: dict[str, dict[str, Any]] = {
-        name: {"sigmas": tuple(sigma_grid(steps, ode.trajectories.shift).tolist()[:-1])}
-        for name, steps in FEW_STEPS.items()
-    }
-    changes["single"] = {"geometry": replace(ode.geometry, single_pass=True)}
-    for name, change in changes.items():
+    for name, steps in FEW_STEPS.items():
+        sigmas = tuple(sigma_grid(steps, ode.trajectories.shift).tolist()[:-1])
         for run in (ode, dmd, aad):
-            variant = replace(run, name=f"{run.name}-{name}", **change)
+            variant = replace(run, name=f"{run.name}-{name}", sigmas=sigmas)
             if run.init:  # each stage goes on from the one before it of its own kind
                 init = Path(f"{run.init.parent}-{name}") / run.init.name
                 variant = replace(variant, init=init)

@@ -3,11 +3,6 @@
 Chunk by chunk: noise -> generator over the K/V cache -> clean chunk x0 -> cache pass on x0 at
 sigma 0 -> next chunk (paper, section on inference; algorithm.md, section 4). States are
 immutable: a consumer may keep one and branch from it.
-
-With `ChunkGeometry.single_pass` there is no cache pass but the image's: later chunks read the K and
-V of a chunk's last noisy pass (algorithm.md, section 10.4). At one noise level those of the first
-layers come from noise alone; what the chunk became is in those of the later ones. The model must
-have been trained to put it there.
 """
 
 from __future__ import annotations
@@ -46,8 +41,6 @@ class Step:
     x0: torch.Tensor
     x_t: torch.Tensor
     sigma: float
-    own: tuple[KV, ...] = ()
-    """K and V of the last pass, layer by layer; with `single_pass` alone."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +84,13 @@ class Rollout:
         plan = self._plan(state, x_t.shape[2])
         past = state.cache.layers or None
         x0 = x_t
-        own: tuple[KV, ...] = ()
         for step, sigma in enumerate(self.sigmas[: last + 1]):
             level = torch.full((len(x_t),), sigma, device=x_t.device)
             if step:
                 x_t = add_noise(x0, noise(state.chunk, step), level)
-            if self.geometry.single_pass and step == last:
-                v, own = self.model.with_keys_values(x_t, level, text, plan=plan, past=past)
-            else:
-                v = self.model(x_t, level, text, plan=plan, past=past)
+            v = self.model(x_t, level, text, plan=plan, past=past)
             x0 = x0_from_velocity(x_t, v, level)
-        return Step(x0, x_t, self.sigmas[last], own)
+        return Step(x0, x_t, self.sigmas[last])
 
     def cache_pass(self, state: State, x0: torch.Tensor, text: torch.Tensor) -> tuple[KV, ...]:
         """K and V of a clean chunk at sigma 0, for every layer."""
@@ -111,16 +100,9 @@ class Rollout:
 
     def commit(self, state: State, x0: torch.Tensor, text: torch.Tensor) -> State:
         """The state after a clean chunk: its K/V in the cache, what fell out of sight dropped."""
-        return self._append(state, self.cache_pass(state, x0, text))
-
-    def after(self, state: State, step: Step, text: torch.Tensor) -> State:
-        """The state after a chunk that was generated at `state` with the prompt `text`: from its
-        cache pass, or with `single_pass` from what its last pass left."""
-        return self._append(state, step.own or self.cache_pass(state, step.x0, text))
-
-    def _append(self, state: State, new: tuple[KV, ...]) -> State:
+        new = self.cache_pass(state, x0, text)
         cache = state.cache.append(new, self.geometry, state.start)
-        return State(state.chunk + 1, state.start + new[0][0].shape[1], cache)
+        return State(state.chunk + 1, state.start + x0.shape[2], cache)
 
     @torch.no_grad()  # as a decorator: a `with` here would leak into the consumer at each yield
     def stream(
@@ -141,11 +123,11 @@ class Rollout:
         made = 0
         while chunks is None or made < chunks:
             context = text(state.chunk)
-            step = self.generate(state, context, noise)
+            x0 = self.generate(state, context, noise).x0
             made += 1
-            yield step.x0
+            yield x0
             if chunks is None or made < chunks:
-                state = self.after(state, step, context)
+                state = self.commit(state, x0, context)
 
 
 def seeded_noise(
@@ -182,9 +164,8 @@ class Recorded:
     """A finished no-grad rollout with all that its gradient needs (algorithm.md, section 10).
 
     x0: [B, C, F, H, W] with the image as frame 0. x_t: exit-pass inputs of the generated
-    frames, [B, C, F - first, H, W]; sigma: their noise level. past: per layer, K/V of all frames
-    but the last chunk's, as later chunks read them: clean, or with `single_pass` those of the exit
-    passes (and clean ones of the image).
+    frames, [B, C, F - first, H, W]; sigma: their noise level. past: per layer, clean K/V of all
+    frames but the last chunk's.
     """
 
     x0: torch.Tensor
@@ -205,8 +186,7 @@ def record(
     """Phase one: roll out a whole clip without autograd.
 
     image [B, C, first, H, W]; text [B, F, S, D] per frame; frames = F in all. exit_step: the
-    same step index for every chunk, as Self-Forcing trains few-step students. With `single_pass`
-    the context then is at the exit's level too; of the levels, the last is the one it will be at.
+    same step index for every chunk, as Self-Forcing trains few-step students.
     """
     geometry = rollout.geometry
     total = geometry.chunks(frames)
@@ -216,21 +196,18 @@ def record(
     sigma = rollout.sigmas[-1]
     for i in range(total):
         context = text[:, geometry.start(i)]
-        own: tuple[KV, ...] = ()
         if i:
             step = rollout.generate(state, context, noise, exit_step)
-            x0, sigma, own = step.x0, step.sigma, step.own
+            x0, sigma = step.x0, step.sigma
             xs.append(x0)
             x_t.append(step.x_t)
-            del step  # it holds K and V
         if i < total - 1:
-            new = own or rollout.cache_pass(state, x0, context)
+            new = rollout.cache_pass(state, x0, context)
             kvs.append(new)
             state = State(
                 i + 1, geometry.start(i + 1), state.cache.append(new, geometry, state.start)
             )
             del new
-        del own
     del state  # its cache holds some of the pieces
     layers = [list(pieces) for pieces in zip(*kvs, strict=True)]
     kvs.clear()

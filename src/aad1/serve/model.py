@@ -17,7 +17,7 @@ from aad1.media.images import ImageLike
 from aad1.models.codec import DecoderStream
 from aad1.models.text import WordEncoder, split_words
 from aad1.pipeline import Pipeline
-from aad1.rollout.stream import Noise, Rollout, State, Step
+from aad1.rollout.stream import Noise, Rollout, State
 
 Pixels = npt.NDArray[np.uint8]
 Text = Any
@@ -68,12 +68,12 @@ class Video(Protocol):
         """The place before the first chunk; the image is written to the cache with its prompt."""
         ...
 
-    def generate(self, place: Any, text: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Clean latents of the chunk after a place, and what `commit` wants of it."""
+    def generate(self, place: Any, text: torch.Tensor) -> torch.Tensor:
+        """Clean latents of the chunk after a place."""
         ...
 
-    def commit(self, place: Any, made: Any, text: torch.Tensor) -> Any:
-        """The place after a chunk that was generated at `place` with the prompt `text`."""
+    def commit(self, place: Any, x0: torch.Tensor, text: torch.Tensor) -> Any:
+        """The place after the chunk `x0` that was generated at `place` with the prompt `text`."""
         ...
 
 
@@ -86,12 +86,11 @@ class PlainVideo:
     def begin(self, image: torch.Tensor | None, text: torch.Tensor) -> State:
         return State() if image is None else self._rollout.prefill(image, text)
 
-    def generate(self, place: State, text: torch.Tensor) -> tuple[torch.Tensor, Step]:
-        step = self._rollout.generate(place, text, self._noise)
-        return step.x0, step
+    def generate(self, place: State, text: torch.Tensor) -> torch.Tensor:
+        return self._rollout.generate(place, text, self._noise).x0
 
-    def commit(self, place: State, made: Step, text: torch.Tensor) -> State:
-        return self._rollout.after(place, made, text)
+    def commit(self, place: State, x0: torch.Tensor, text: torch.Tensor) -> State:
+        return self._rollout.commit(place, x0, text)
 
 
 FastPlace = tuple[Timeline, Place]
@@ -107,18 +106,13 @@ class FastVideo:
         timeline = Timeline(self._rollout, 1, *self._size)
         return timeline, timeline.begin(image, text)
 
-    def generate(
-        self, place: FastPlace, text: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | Place]:
+    def generate(self, place: FastPlace, text: torch.Tensor) -> torch.Tensor:
         timeline, at = place
-        x0 = timeline.generate(at, text, self._noise)
-        if self._rollout.geometry.single_pass:  # what it left in the cache would not last
-            return x0, timeline.commit(at, x0, text)
-        return x0, x0
+        return timeline.generate(at, text, self._noise)
 
-    def commit(self, place: FastPlace, made: torch.Tensor | Place, text: torch.Tensor) -> FastPlace:
+    def commit(self, place: FastPlace, x0: torch.Tensor, text: torch.Tensor) -> FastPlace:
         timeline, at = place
-        return timeline, made if isinstance(made, Place) else timeline.commit(at, made, text)
+        return timeline, timeline.commit(at, x0, text)
 
 
 class Point:
@@ -133,7 +127,7 @@ class Point:
         video: Video,
         decoder: DecoderStream,
         image: torch.Tensor | None = None,
-        last: tuple[Any, Any, torch.Tensor] | None = None,
+        last: tuple[Any, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """image: latents that the video begins with, if it does and this is the beginning.
         last: the arguments of `Video.commit` for the chunk before; None at the beginning."""
@@ -195,7 +189,7 @@ class PipelineModel:
     def generate(self, point: Point, text: torch.Tensor) -> Made:
         began = time.perf_counter()
         place = point.place(text)
-        x0, made = point.video.generate(place, text)
+        x0 = point.video.generate(place, text)
         if x0.is_cuda:
             torch.cuda.synchronize(x0.device)  # or the decoder would be charged for the passes
         generated = time.perf_counter()
@@ -203,7 +197,7 @@ class PipelineModel:
         latents = x0 if point.image is None else torch.cat([point.image, x0], 2)
         frames = decoder.decode(latents)[0].cpu().numpy()
         seconds = {"dit": generated - began, "decode": time.perf_counter() - generated}
-        after = Point(point.video, decoder, last=(place, made, text))
+        after = Point(point.video, decoder, last=(place, x0, text))
         return Made(frames, after, seconds)
 
     @torch.inference_mode()

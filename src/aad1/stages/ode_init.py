@@ -5,15 +5,6 @@
 The student sees states of one recorded teacher trajectory, each chunk at a noise level drawn
 from {its own sampling levels, 0} (Diffusion-Forcing context), block-causally; it regresses the
 trajectory's end point on the chunks that are not clean already. The image is always clean.
-
-A generator that will stream in a single pass (`ChunkGeometry.single_pass`) never sees a clean past
-chunk: what it reads of it are K and V of its last noisy pass, made over a past of the same kind. So
-the context here is the *same trajectory's* state at the student's last level, in every past chunk,
-block-causally. It is the state itself, not the end point noised anew: at one level it is the noise
-from which the teacher reached the end point, so past and present belong to one video although the
-past shows only noise, and K and V of later layers can say what comes of it. Their gradient flows
-into the pass that made them. In stages II and III the past is the student's own (a recorded
-rollout's), detached there as a clean past is.
 """
 
 from __future__ import annotations
@@ -37,8 +28,7 @@ class OdeInitConfig:
 
     context: str = "diffusion_forcing"
     """"diffusion_forcing": context at the levels drawn for its own chunks (paper);
-    "teacher_forcing": every chunk noisy, its context the clean end point. With a single pass only
-    the former; the levels drawn then are those of the chunks that learn, without 0."""
+    "teacher_forcing": every chunk noisy, its context the clean end point."""
 
     def __post_init__(self) -> None:
         if self.context not in ("diffusion_forcing", "teacher_forcing"):
@@ -62,11 +52,6 @@ class OdeInit:
     ) -> None:
         self.generator, self.conditioner = generator, conditioner
         self.geometry, self.sigmas, self.config = geometry, sigmas, config
-        if geometry.single_pass and config.context == "teacher_forcing":
-            raise UserError(
-                'context "teacher_forcing" is of clean chunks, which a generator with '
-                "geometry.single_pass never sees: leave it out"
-            )
 
     def trained(self) -> dict[str, list[nn.Parameter]]:
         return {"generator": list(self.generator.parameters())}
@@ -81,9 +66,7 @@ class OdeInit:
             )
         frames = states.shape[3]
         text = self.conditioner(batch.captions, frames)
-        if self.geometry.single_pass:
-            loss = self._single_pass(states, text, rng)
-        elif self.config.context == "teacher_forcing":
+        if self.config.context == "teacher_forcing":
             loss = self._teacher_forcing(states, text, rng)
         else:
             loss = self._diffusion_forcing(states, text, rng)
@@ -122,40 +105,17 @@ class OdeInit:
         return ((error * noisy).sum(1) / noisy.sum(1).clamp_min(1)).mean()
 
     def _teacher_forcing(self, states: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
-        zero = torch.zeros(len(states), device=states.device)
-        return self._over(states[:, -1], zero, states, text, rng)
-
-    def _single_pass(self, states: torch.Tensor, text: torch.Tensor, rng: Rng) -> torch.Tensor:
-        first, last = self.geometry.first, len(self.sigmas) - 1
-        index = torch.full(states.shape[:1] + states.shape[3:4], last, device=states.device)
-        index[:, :first] = last + 1
-        context, level = self._select(states, index)
-        if last:
-            return self._over(context, level, states, text, rng)
-        # One level: the chunks that learn are the context too, and one pass does for both.
-        plan = block_causal(self.geometry, states.shape[3])
-        x0 = x0_from_velocity(context, self.generator(context, level, text, plan=plan), level)
-        return ((x0 - states[:, -1])[:, :, first:] ** 2).mean()
-
-    def _over(
-        self,
-        context: torch.Tensor,
-        level: torch.Tensor,
-        states: torch.Tensor,
-        text: torch.Tensor,
-        rng: Rng,
-    ) -> torch.Tensor:
-        """The loss of all chunks, each at a noise level of its own, over the past that a given clip
-        `context` at `level` is, block-causally."""
         frames, first = states.shape[3], self.geometry.first
         x_t, sigma = self._select(states, self._levels(states, False, rng))
+        clean = states[:, -1]
+        zero = torch.zeros(len(states), device=states.device)
         past = self.generator.keys_values(
-            context, level, text, plan=block_causal(self.geometry, frames)
+            clean, zero, text, plan=block_causal(self.geometry, frames)
         )
         plan = parallel_chunks(self.geometry, frames, frames, 1)
         x_t, sigma = x_t[:, :, first:], sigma[:, first:]
         v = self.generator(x_t, sigma, text[:, first:], plan=plan, past=past)
-        return ((x0_from_velocity(x_t, v, sigma) - states[:, -1, :, first:]) ** 2).mean()
+        return ((x0_from_velocity(x_t, v, sigma) - clean[:, :, first:]) ** 2).mean()
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         raise NotImplementedError("stage I has no critic")

@@ -224,11 +224,6 @@ class Experiment:
         s = self.sigmas
         if not s or s[0] != 1 or s[-1] <= 0 or any(a <= b for a, b in pairwise(s)):
             raise UserError(f"sigmas must start at 1 and fall towards 0, got {s}")
-        if self.geometry.single_pass and isinstance(self.stage, PretrainConfig):
-            raise UserError(
-                f"{self.name}: geometry.single_pass is for stages I to III, a teacher sees whole "
-                "clips"
-            )
 
     @property
     def folder(self) -> Path:

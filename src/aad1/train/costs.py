@@ -97,13 +97,11 @@ def transformer(
     return Work(linear, count * attention)
 
 
-def cache_pass(
-    config: WanConfig, clip: Clip, plan: Plan, *, prompts: int = 1, levels: int = 1
-) -> Work:
+def cache_pass(config: WanConfig, clip: Clip, plan: Plan, *, prompts: int = 1) -> Work:
     """The pass that stops at K and V of the last layer."""
     n, _ = _sizes(plan, clip)
     before = transformer(
-        config, clip, plan, prompts=prompts, levels=levels, layers=config.num_layers - 1, head=False
+        config, clip, plan, prompts=prompts, layers=config.num_layers - 1, head=False
     )
     return before + Work(2 * n * 2 * config.width**2)
 
@@ -117,7 +115,7 @@ def rollout(config: WanConfig, clip: Clip, geometry: ChunkGeometry, steps: float
         plan = cached(geometry, geometry.kept(start, size), start, size)
         if i:
             total += transformer(config, clip, plan, prompts=1) * steps
-        if i < chunks - 1 and not (i and geometry.single_pass):
+        if i < chunks - 1:
             total += cache_pass(config, clip, plan)
     return total
 

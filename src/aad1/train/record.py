@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from aad1.atomic import replace_file
+from aad1.core.chunks import ChunkGeometry, current_fields
 from aad1.errors import UserError
 from aad1.train.config import Experiment
 
@@ -45,6 +46,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} must be a mapping, got {value!r}")
         hints = typing.get_type_hints(kind)
         given = {k: v for k, v in value.items() if k != "type"}
+        if kind is ChunkGeometry:
+            given = current_fields(given, where)
         unknown = sorted(given.keys() - hints.keys())
         if unknown:
             raise UserError(f"{where} has no field {unknown[0]!r}; it has {', '.join(hints)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aad1.core.chunks import current_fields
 from aad1.errors import UserError
 from aad1.model_info import weights_hash
 from aad1.train import checkpoint
@@ -79,7 +80,9 @@ class Checkpoints:
                     f"{folder} is another run's ({found}): remove {self.folder} or choose another "
                     "--name"
                 )
-        changed = changes(meta["config"], to_plain(self.setup.experiment))
+        before = meta["config"]
+        geometry = current_fields(before["geometry"], f"{folder}: geometry")
+        changed = changes({**before, "geometry": geometry}, to_plain(self.setup.experiment))
         if changed and not self.setup.experiment.accept_changes:
             raise UserError(
                 f"{folder} was made with other settings ({'; '.join(changed)}); give "

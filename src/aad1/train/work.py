@@ -70,11 +70,9 @@ def _regression(e: Experiment, stage: OdeInitConfig, model: WanConfig, clip: Cli
     """Operations of stage I's forward pass or passes."""
     geometry, frames = e.geometry, clip.frames
     causal = block_causal(geometry, frames)
-    apart = geometry.single_pass and len(e.sigmas) > 1  # context and chunks in two passes
-    if stage.context != "teacher_forcing" and not apart:
+    if stage.context != "teacher_forcing":
         return costs.transformer(model, clip, causal, prompts=frames, levels=frames).forward
-    levels = frames if apart else 1
-    context = costs.cache_pass(model, clip, causal, prompts=frames, levels=levels)
+    context = costs.cache_pass(model, clip, causal, prompts=frames)
     noisy = parallel_chunks(geometry, frames, frames, 1)
     rest = costs.transformer(
         model, clip, noisy, prompts=frames - geometry.first, levels=frames - geometry.first

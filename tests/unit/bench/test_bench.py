@@ -92,21 +92,6 @@ def test_a_tiny_decoder_takes_the_place_of_wans_own(tmp_path: Path) -> None:
         bench(BenchConfig(model="sprites", chunks=1, device="cpu", decoder="random"))
 
 
-def test_a_single_pass_has_no_cache_pass() -> None:
-    config = BenchConfig(**SMALL, baseline=True, no_decode=True, single_pass=True)  # type: ignore[arg-type]
-    out = bench(config)
-    assert out["geometry"]["single_pass"]
-    for result in out["results"].values():
-        stages = result["stages"]
-        assert stages["cache pass"]["median"] < 0.2 * stages["generate pass"]["median"]
-    assert out["results"]["fast"]["difference"] < 1e-5
-    with pytest.warns(UserWarning, match="trained to read clean chunks"):
-        sprites = bench(
-            BenchConfig(model="sprites", chunks=1, device="cpu", no_decode=True, single_pass=True)
-        )
-    assert sprites["geometry"]["single_pass"]
-
-
 def test_statistics_are_nearest_ranks() -> None:
     assert _statistics([float(i) for i in range(11)]) == {"median": 5.0, "p90": 9.0}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -36,10 +35,6 @@ GEOMETRIES = [
     ChunkGeometry(chunk=4, sink=0, window=8),
     ChunkGeometry(chunk=3, first=3, sink=0, window=21, relative=False),  # as Self-Forcing trains
     ChunkGeometry(chunk=2, first=2, sink=0, window=4, relative=False),
-    ChunkGeometry(single_pass=True),
-    ChunkGeometry(window=13, single_pass=True),
-    ChunkGeometry(window=12, single_pass=True),  # a ring that a chunk may straddle
-    ChunkGeometry(chunk=2, sink=3, window=9, single_pass=True),
 ]
 
 
@@ -101,29 +96,6 @@ def test_batches_steps_and_switches(
     model: WanTransformer, window: int, how: str, change: dict[str, object]
 ) -> None:
     assert difference(model, ChunkGeometry(window=window), how=how, **change) < 1e-5  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("window", [9, 13])
-def test_a_single_pass_at_several_levels_and_without_an_image(window: int) -> None:
-    geometry = ChunkGeometry(window=window, single_pass=True)
-    assert difference(build(), geometry, sigmas=(1.0, 0.8, 0.4), batch=2) < 1e-5
-    geometry = ChunkGeometry(chunk=3, first=3, sink=0, window=window, single_pass=True)
-    assert difference(build("x0"), geometry, image=False) < 1e-5
-
-
-def test_a_single_pass_is_one_pass(model: WanTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aad1.fast.dit import FastTransformer
-
-    passes: list[bool] = []
-    run = FastTransformer.run
-
-    def count(self: FastTransformer, *args: object, predict: bool = True) -> object:
-        passes.append(predict)
-        return run(self, *args, predict=predict)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(FastTransformer, "run", count)
-    difference(model, ChunkGeometry(single_pass=True), chunks=4)
-    assert passes == [False, True, True, True, True]  # the image, and a pass a chunk
 
 
 @pytest.mark.parametrize("how", ["stream", "merged"])
@@ -190,14 +162,14 @@ def test_a_session_is_used_again_and_two_at_once_do_not_mix(model: WanTransforme
 
 
 @pytest.mark.parametrize(
-    "bug", ["stale prompt", "position", "store", "sink", "last layer", "blind", "not kept"]
+    "bug", ["stale prompt", "position", "store", "sink", "last layer", "blind"]
 )
 def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would pass a comparison that is too loose or too short."""
     from aad1.fast import rollout
     from aad1.fast.place import Place
 
-    net, window, how, single = build(), 9, "stream", bug == "not kept"
+    net, window, how = build(), 9, "stream"
     slots = slots_module.Slots
     if bug == "stale prompt":
         monkeypatch.setattr(rollout._Prompts, "of", lambda self, rows: self.__dict__.setdefault(
@@ -212,11 +184,6 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
     elif bug == "sink":
         window = 13
         monkeypatch.setattr(slots, "turn_sink", lambda *_, **__: None)
-    elif bug == "not kept":  # the next chunk reads K where this one stood
-        part = rollout.Session._noisy
-        monkeypatch.setattr(
-            rollout.Session, "_noisy", lambda *args: replace(part(*args), keep=False)
-        )
     elif bug == "last layer":
         finish = Place.write
         monkeypatch.setattr(
@@ -227,8 +194,7 @@ def test_planted_bugs_are_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> Non
         how = "merged"  # noisy rows that see the cache of before, not the clean chunk
         filled = slots.filled
         monkeypatch.setattr(slots, "filled", lambda s, a, b: min(5, filled(s, a, b)))
-    geometry = ChunkGeometry(window=window, single_pass=single)
-    assert difference(net, geometry, how=how) > 1e-4
+    assert difference(net, ChunkGeometry(window=window), how=how) > 1e-4
 
 
 def test_absolute_positions_beside_a_sink_are_refused_by_name(model: WanTransformer) -> None:

@@ -36,8 +36,6 @@ GEOMETRIES = [
     ChunkGeometry(window=12),
     ChunkGeometry(chunk=2, sink=3, window=9),  # a sink longer than the image
     ChunkGeometry(chunk=3, first=3, sink=0, window=9),
-    ChunkGeometry(single_pass=True),
-    ChunkGeometry(window=13, single_pass=True),
 ]
 
 
@@ -76,13 +74,13 @@ class Walk:
     def follow(self, at: Both, prompt: int, commit: bool = True) -> Both | None:
         """One chunk on; both paths must agree on it."""
         text = self.prompts[prompt]
-        step = self.plain.generate(at.state, text, self.noise)
+        plain = self.plain.generate(at.state, text, self.noise).x0
         x0 = self.timeline.generate(at.place, text, self.noise)
-        assert float((x0 - step.x0).abs().max() / step.x0.abs().max()) < 1e-5
+        assert float((x0 - plain).abs().max() / plain.abs().max()) < 1e-5
         if not commit:
             return None
         place = self.timeline.commit(at.place, x0, text)
-        return Both(self.plain.after(at.state, step, text), place)
+        return Both(self.plain.commit(at.state, plain, text), place)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -111,12 +109,12 @@ def test_a_chunk_may_be_committed_after_another_was_made(model: WanTransformer) 
         walk.start = walk.follow(walk.start, 0) or walk.start
     at, made = walk.start, []
     for text in walk.prompts[:2]:
-        step = walk.plain.generate(at.state, text, walk.noise)
-        made.append((step, walk.timeline.generate(at.place, text, walk.noise), text))
+        plain = walk.plain.generate(at.state, text, walk.noise).x0
+        made.append((plain, walk.timeline.generate(at.place, text, walk.noise), text))
     ends = []
-    for step, x0, text in reversed(made):
+    for plain, x0, text in reversed(made):
         place = walk.timeline.commit(at.place, x0, text)
-        ends.append(Both(walk.plain.after(at.state, step, text), place))
+        ends.append(Both(walk.plain.commit(at.state, plain, text), place))
     for end in (*ends, *reversed(ends)):
         walk.follow(end, 2)
 
@@ -239,14 +237,13 @@ def play(pipe: Pipeline, seed: int) -> tuple[list[np.ndarray], list[tuple[int, i
     return shown, order, session.dropped_chunks
 
 
-@pytest.mark.parametrize("single_pass", [False, True])
 def test_a_steered_session_shows_what_the_plain_one_shows(
-    tiny_pipeline: Callable[..., Pipeline], single_pass: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts that change, fade, and drop the chunk that was made ahead; and a reset. Without one
     copy of the cache."""
     monkeypatch.setattr(timeline_module, "_Copy", lambda *_: pytest.fail("a slot was copied"))
-    pipe = tiny_pipeline(fps=16.0, geometry=ChunkGeometry(single_pass=single_pass))
+    pipe = tiny_pipeline(fps=16.0)
     want, order, dropped = play(pipe, 3)
     pipe.speed_up(FastConfig(compile=False, cudnn=False, compile_decoder=False, early=False))
     got, same_order, _ = play(pipe, 3)

@@ -49,6 +49,7 @@ def change(where: str, value: Any, name: str = "sprites-tiny-dmd") -> Any:
         ("sigmas", ["x"], "config.yaml.sigmas must be float, got 'x'"),
         ("geometry", None, "config.yaml.geometry must be a mapping, got None"),
         ("geometry.window", 2, "window must be at least"),
+        ("geometry.single_pass", True, "config.yaml.geometry.single_pass must be false, got True"),
         ("out", 3, "config.yaml.out must be a path, got 3"),
         ("init", 3, "config.yaml.init must be a path, got 3"),
         ("name", ..., "config.yaml needs the field 'name'"),
@@ -67,6 +68,12 @@ def test_mistakes_are_named_in_one_line(
 def test_left_out_fields_take_their_default(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(change("optim.clip", ...)))
+    assert read_record(path) == preset("sprites-tiny-dmd")
+
+
+def test_a_single_pass_that_is_off_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(change("geometry.single_pass", False)))
     assert read_record(path) == preset("sprites-tiny-dmd")
 
 

@@ -105,22 +105,6 @@ def test_what_comes_out_generates(chain: Path, stage: str) -> None:
     assert video.shape == (9, 32, 32, 3)
 
 
-def test_a_single_pass_goes_through_all_stages_into_the_model_folder(
-    chain: Path, tmp_path: Path
-) -> None:
-    folder = final(chain, "teacher")
-    for stage in ("ode", "dmd", "aad"):
-        e = experiment(stage, tmp_path)
-        geometry = replace(e.geometry, single_pass=True)
-        folder = Run(
-            replace(e, teacher=final(chain, "teacher"), init=folder, geometry=geometry)
-        ).train()
-        assert index(tmp_path, stage)["geometry"]["single_pass"] is True
-    pipe = Pipeline.from_pretrained(folder)
-    assert pipe.rollout.geometry.single_pass
-    assert pipe(np.zeros((32, 32, 3), np.uint8), "red circle moves left", num_chunks=2).any()
-
-
 def test_a_teacher_learns_its_prompt_encoder(tmp_path: Path) -> None:
     # Its output layers start at zero, so the prompts' first gradient comes after some updates.
     run = Run(experiment("teacher", tmp_path, optim={"updates": 6, "warmup": 0, "ema": 0.0}))
@@ -201,6 +185,23 @@ def test_a_checkpoint_of_another_parent_is_refused(chain: Path, tmp_path: Path) 
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"step-000003.weights.__0_0\.distcp is truncated: 1000 b"):
         Run(e).train()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_checkpoint_that_names_a_single_pass(chain: Path, tmp_path: Path, given: bool) -> None:
+    """As all did once: where it is off, the run goes on as if it were not there."""
+    e = replace(experiment("ode", chain, optim={"updates": 1}), out=tmp_path)
+    Run(e).train()
+    (path,) = tmp_path.glob("*/checkpoints/*/meta.json")
+    meta = json.loads(path.read_text())
+    meta["config"]["geometry"]["single_pass"] = given
+    path.write_text(json.dumps(meta))
+    longer = replace(e, optim=replace(e.optim, updates=2), accept_changes=given)
+    if given:
+        with pytest.raises(UserError, match=r"step-000001: geometry\.single_pass must be false"):
+            Run(longer).train()
+    else:
+        assert json.loads((Run(longer).train() / INDEX).read_text())["updates"] == 2
 
 
 @pytest.fixture
