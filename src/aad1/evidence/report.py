@@ -70,7 +70,8 @@ continuations of held-out first frames that neither training nor any choice of s
 **Other than planned**, all settled before any arm ran: frames are 32x32 in patches of 4 with a
 texture of half the frequency, not 64x64 (the first teacher lost its shapes there). The teacher's
 late FDnss is further from the floor than the three times that were wanted; the gate below says how
-far, and asks for the rest all the same. Regulariser weights are multiples: 20 stands for the full
+far, and asks for the rest all the same. Stage II's scores see the given frame clean, not noised
+like the rest ([log.md](log.md)). Regulariser weights are multiples: 20 stands for the full
 method's own weight, and 0, 5, 50 and 200 for 0, 1/4, 2.5 and 10 times as much. The penalty's size
 says that 20 itself would do next to nothing here. Since the full method's weight was chosen, S1
 tests what lies around it, and not the paper's number.

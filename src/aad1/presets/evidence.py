@@ -45,6 +45,7 @@ FULL = replace(
     ),
     adversarial=AdversarialConfig(critic_warmup=30, penalty_weight=3000.0),
     monitor=MonitorConfig(every=20, clips=64),
+    clean_image=True,
 )  # fmt: skip
 
 TINY = Scale(
@@ -62,6 +63,7 @@ TINY = Scale(
     aad=OptimConfig(updates=2, batch=2, lr=1e-4, critic_lr=1e-4, betas=(0.0, 0.99), ema=0.9),
     adversarial=AdversarialConfig(critic_warmup=1, penalty_weight=300.0),
     monitor=MonitorConfig(every=1, clips=2),
+    clean_image=True,
 )  # fmt: skip
 
 

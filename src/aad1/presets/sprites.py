@@ -43,6 +43,8 @@ class Scale:
     adversarial: AdversarialConfig
     monitor: MonitorConfig
     teacher_stage: PretrainConfig = PretrainConfig(max_weight=10.0, shift=5.0, image_share=0.5)
+    clean_image: bool = False
+    """Of stage II's scores (`DmdConfig.clean_image`)."""
     compile: bool = False
 
 
@@ -129,7 +131,7 @@ def chain(scale: Scale) -> dict[str, Experiment]:
     dmd = replace(
         student, name=f"{p}-dmd", optim=scale.dmd, init=out / f"{p}-ode" / "final",
         stage=DmdConfig(guidance_scale=scale.trajectories.guidance_scale, shift=3.0,
-                        max_weight=10.0),
+                        max_weight=10.0, clean_image=scale.clean_image),
         monitor=replace(scale.monitor, early_stop=True),
     )  # fmt: skip
     aad = replace(
