@@ -132,15 +132,20 @@ def replay_plan(clip: Clip, geometry: ChunkGeometry) -> Plan:
 
 
 def discriminator(
-    config: WanConfig, clip: Clip, geometry: ChunkGeometry, heads: DiscriminatorConfig
+    config: WanConfig,
+    clip: Clip,
+    geometry: ChunkGeometry,
+    heads: DiscriminatorConfig,
+    levels: int = 1,
 ) -> Work:
-    """The backbone up to its last tap, and the heads."""
+    """The backbone up to its last tap, and the heads. levels: noise levels that it is given."""
     plan = bidirectional(clip.frames)
     if heads.causal:
         plan = block_causal(geometry, clip.frames)
     work = transformer(
-        config, clip, plan, prompts=clip.frames, layers=heads.taps[-1] + 1, head=False
-    )
+        config, clip, plan, prompts=clip.frames, levels=levels, layers=heads.taps[-1] + 1,
+        head=False,
+    )  # fmt: skip
     d, taps = config.width, len(heads.taps)
     queries = clip.frames - 1 if heads.per_frame else 1
     n = (clip.frames - 1 if heads.per_frame else clip.frames) * clip.tokens

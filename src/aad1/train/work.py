@@ -40,14 +40,16 @@ def work_by_phase(
     replay = costs.replay(student, clip, geometry).forward
     judged = critic = ahead = 0.0
     score = stage.score if isinstance(stage, JointConfig) else stage
+    levels = 1
     if isinstance(score, DmdConfig):
         plan = bidirectional(frames)
-        one = costs.transformer(teacher, clip, plan, prompts=frames).forward
+        levels = frames if score.clean_image else 1  # the image has one of its own
+        one = costs.transformer(teacher, clip, plan, prompts=frames, levels=levels).forward
         judged += (2 + (score.guidance_scale != 1)) * one
         critic += one
     if not isinstance(stage, DmdConfig):
         backbone = student if e.discriminator.causal else teacher
-        judge = costs.discriminator(backbone, clip, geometry, e.discriminator)
+        judge = costs.discriminator(backbone, clip, geometry, e.discriminator, levels)
         judged += judge.to_input(again)
         if isinstance(stage, AdversarialConfig):
             judged += judge.forward * (stage.loss == "relativistic")
