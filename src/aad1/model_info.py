@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from aad1.atomic import replace_file
-from aad1.core.chunks import ChunkGeometry, current_fields
+from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
 from aad1.models.weights import read_json, write_json
 from aad1.rollout.teacher import Sampling
@@ -73,6 +73,22 @@ class ModelInfo:
                 f"this model is distilled to {len(self.sigmas)} step(s) and streams; "
                 "only a teacher is sampled in many"
             )
+
+
+def current_fields(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a geometry as a model folder or a run's record holds them, less one of former days.
+
+    Until generators of a single pass per chunk were given up, `single_pass` was written into each;
+    what has it off is a geometry of now. where: what it is called in the UserError if it is on.
+    """
+    fields = {**stored}
+    given = fields.pop("single_pass", False)
+    if given is not False:
+        raise UserError(
+            f"{where}.single_pass must be false, got {given!r}: generators of a single pass per "
+            "chunk are no longer supported"
+        )
+    return fields
 
 
 def read_info(folder: Path) -> ModelInfo:

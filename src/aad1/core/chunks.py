@@ -8,10 +8,8 @@ plans over the same code, so they cannot drift apart (algorithm.md, sections 3 a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from aad1.errors import UserError
 
@@ -75,22 +73,6 @@ class ChunkGeometry:
         if self.relative:
             return tuple(range(len(past) + size))
         return past + tuple(range(start, start + size))
-
-
-def current_fields(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of a geometry as a model folder or a run's record holds them, less one of former days.
-
-    Until generators of a single pass per chunk were given up, `single_pass` was written into each;
-    what has it off is a geometry of now. where: what it is called in the UserError if it is on.
-    """
-    fields = {**stored}
-    given = fields.pop("single_pass", False)
-    if given is not False:
-        raise UserError(
-            f"{where}.single_pass must be false, got {given!r}: generators of a single pass per "
-            "chunk are no longer supported"
-        )
-    return fields
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Session:
                 f"the image must be {self.rollout.geometry.first} latent frame(s), "
                 f"got {image.shape[2]}"
             )
-        self._cache_pass(image, text, graph=self.rollout.config.image_graph)
+        self.commit(image, text, graph=self.rollout.config.image_graph)
 
     @torch.no_grad()
     def generate(self, text: torch.Tensor, noise: Noise) -> torch.Tensor:
@@ -183,13 +183,12 @@ class Session:
         x0 = self._pass(x_t, (self._part(x_t.shape[2], self.rollout.sigmas[0], text),))
         return self._further_steps(x0, text, noise)
 
-    def commit(self, x0: torch.Tensor, text: torch.Tensor) -> None:
-        """On to the next chunk: the cache pass over the clean chunk that was generated."""
-        self._cache_pass(x0, text)
-
     @torch.no_grad()
-    def _cache_pass(self, x0: torch.Tensor, text: torch.Tensor, graph: bool = False) -> None:
-        """K and V of a clean chunk, for those that follow it."""
+    def commit(self, x0: torch.Tensor, text: torch.Tensor, graph: bool = False) -> None:
+        """On to the next chunk: the cache pass over this clean one, K and V for those that follow.
+
+        graph: as a CUDA graph, even where others are not.
+        """
         self._pass(x0, (self._part(x0.shape[2], 0.0, text),), predict=False, graph=graph)
         self._advance(x0.shape[2])
 

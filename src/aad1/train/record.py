@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from aad1.atomic import replace_file
-from aad1.core.chunks import ChunkGeometry, current_fields
+from aad1.core.chunks import ChunkGeometry
 from aad1.errors import UserError
+from aad1.model_info import current_fields
 from aad1.train.config import Experiment
 
 

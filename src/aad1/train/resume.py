@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from aad1.core.chunks import current_fields
 from aad1.errors import UserError
-from aad1.model_info import weights_hash
+from aad1.model_info import current_fields, weights_hash
 from aad1.train import checkpoint
 from aad1.train.guard import changes
 from aad1.train.log import RunLog

@@ -58,11 +58,11 @@ def test_when_the_cache_pass_is_launched(
     tiny_pipeline: Build, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    for name, event in (("generate", "generate"), ("_cache_pass", "commit")):
+    for name in ("generate", "commit"):
         plain = getattr(Session, name)
 
         def note(
-            self: Session, *args: object, _p: Callable = plain, _n: str = event, **more: object
+            self: Session, *args: object, _p: Callable = plain, _n: str = name, **more: object
         ) -> object:
             events.append(_n)
             return _p(self, *args, **more)
